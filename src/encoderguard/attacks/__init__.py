@@ -1,0 +1,1 @@
+"""Attacks, one file each. Found by name through ``encoderguard.registry``."""

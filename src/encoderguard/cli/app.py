@@ -1,0 +1,118 @@
+"""The commands put together, and the entry point."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from encoderguard.cli import commands
+from encoderguard.cli.running import STOPPED, default_folder, guarded, say
+from encoderguard.results import to_json
+
+__all__ = ["app", "main"]
+
+USAGE = 4
+
+app = typer.Typer(
+    name="encoderguard",
+    help="Find backdoors in pre-trained image encoders, and remove them, with unlabelled images only.",
+    epilog="Exit codes: 0 no finding, 1 finding, 2 run failed, 3 inconclusive, 4 usage error, 130 stopped.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for job in (commands.pretrain, commands.attack, commands.scan, commands.purify, commands.evaluate):
+    app.command()(job)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or its result.json.", show_default=False)],
+) -> int:
+    """Draw the report of a run again, from its record."""
+
+    def draw() -> int:
+        from encoderguard.report import write_report
+
+        print(write_report(folder.parent if folder.is_file() else folder))
+        return 0
+
+    return guarded(draw)
+
+
+@app.command("list")
+def list_methods(
+    as_json: Annotated[bool, typer.Option("--json", help="All details as JSON.")] = False,
+) -> int:
+    """Show the known methods and their settings."""
+
+    def show() -> int:
+        from encoderguard.cli.catalogue import catalogue, in_words
+
+        known = catalogue()
+        print(json.dumps(known, indent=2, default=str) if as_json else in_words(known))
+        return 0
+
+    return guarded(show)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results [default: a new one in runs/].")
+    ] = None,
+    images: Annotated[str, typer.Option(help="Images for every step.")] = "digits",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of the whole story.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
+    recipe: Annotated[str, typer.Option(help="Sizes and lengths of all steps.")] = "digits",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record alone on standard output.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> int:
+    """Tell the whole story: train, backdoor, scan, purify, evaluate."""
+
+    def tell() -> int:
+        import contextlib
+
+        from encoderguard.progress import ProgressBars
+
+        run_demo = importlib.import_module("encoderguard.demo").run_demo
+        folder = out or default_folder("demo", resume=False)
+        with ProgressBars() as bars, contextlib.redirect_stdout(sys.stderr):
+            record = run_demo(
+                out=folder, images=images, seeds=seeds, seed=seed, recipe=recipe, device=device, progress=bars
+            )
+        if as_json:
+            sys.stdout.write(to_json(record))
+        else:
+            from encoderguard.cli.wording import describe
+
+            print(describe(record))
+        return 0
+
+    return guarded(tell, debug=debug)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. Errors are one sentence on standard error."""
+    try:
+        code = app(None if arguments is None else list(arguments), standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        say("Stopped.")
+        return STOPPED
+    except Exception as error:
+        # Which class a wrong argument raises differs between versions of typer; what it can do does not.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        context = getattr(error, "ctx", None)
+        path = "encoderguard" if context is None else context.command_path
+        sentence = " ".join(str(describe()).split()).rstrip(".")
+        say(f"Error: {sentence}; see '{path} --help'.")
+        return USAGE
+    return int(code or 0)

@@ -1,0 +1,213 @@
+"""The commands that run a job: one function per job, from arguments to its record."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from encoderguard.cli.options import Common, Count, Settings, command, parse_settings
+from encoderguard.cli.running import run_job
+from encoderguard.results import Record, to_json
+
+__all__ = ["attack", "evaluate", "finish", "pretrain", "purify", "scan"]
+
+_EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
+_SETS = "a folder, .npz or .parquet file, digits, or a name such as cifar10:train"
+_ENCODER = "A bundle (.safetensors), a checkpoint, timm:NAME or torchvision:NAME."
+
+EncoderArgument = Annotated[str, typer.Argument(metavar="ENCODER", help=_ENCODER, show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the folder.")]
+
+
+class Stem(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
+    """First layers of a ResNet."""
+
+    cifar = "cifar"
+    imagenet = "imagenet"
+
+
+def finish(record: Record, common: Common) -> int:
+    """Print a record as asked; the exit code that belongs to it."""
+    if common.as_json:
+        sys.stdout.write(to_json(record))
+    else:
+        from encoderguard.cli.wording import describe
+
+        print(describe(record))
+    return _EXIT.get(str(getattr(record, "verdict", None)), 0)
+
+
+@command
+def pretrain(
+    method: Annotated[str, typer.Argument(help="Such as simclr; see 'encoderguard list'.")] = "simclr",
+    images: Annotated[str, typer.Option(help=f"Unlabelled images: {_SETS}.")] = "digits:train",
+    arch: Annotated[
+        str, typer.Option(help="resnet18, resnet34, resnet50, timm:NAME, torchvision:NAME.")
+    ] = "resnet18",
+    width: Annotated[int, typer.Option(min=1, help="Channels of the first stage of a ResNet.")] = 64,
+    stem: Annotated[Stem, typer.Option(help="First layers of a ResNet.")] = Stem.cifar,
+    count: Count = None,
+    setting: Settings = None,
+    resume: Resume = False,
+    *,
+    common: Common,
+) -> int:
+    """Train an encoder on unlabelled images."""
+    from encoderguard import jobs
+
+    settings = parse_settings(setting)
+    result = run_job(
+        f"pretrain-{method}",
+        common,
+        lambda **options: jobs.pretrain(
+            images,
+            method=method,
+            settings=settings,
+            architecture=arch,
+            width=width,
+            stem=stem.value,
+            count=count,
+            **options,
+        ),
+        resume=resume,
+    )
+    return finish(result.record, common)
+
+
+@command
+def attack(
+    method: Annotated[
+        str, typer.Argument(help="Such as badencoder; see 'encoderguard list'.", show_default=False)
+    ],
+    encoder: EncoderArgument,
+    images: Annotated[str, typer.Option(help=f"The attacker's unlabelled images: {_SETS}.")] = "digits:train",
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="Image of the target class: a picture, or the field's .npz.")
+    ] = None,
+    downstream: Annotated[
+        str | None,
+        typer.Option(help="The attacker's labelled images, to choose a reference of --target from."),
+    ] = None,
+    target: Annotated[int | None, typer.Option(min=0, help="Label that triggered images shall get.")] = None,
+    count: Count = None,
+    setting: Settings = None,
+    resume: Resume = False,
+    *,
+    common: Common,
+) -> int:
+    """Plant a backdoor in a copy of a clean encoder, to test with."""
+    from encoderguard import jobs
+
+    settings = parse_settings(setting)
+    result = run_job(
+        f"attack-{method}",
+        common,
+        lambda **options: jobs.attack(
+            encoder,
+            images,
+            method=method,
+            settings=settings,
+            references=reference or (),
+            downstream=downstream,
+            target=target,
+            count=count,
+            **options,
+        ),
+        resume=resume,
+    )
+    return finish(result.record, common)
+
+
+@command
+def scan(
+    encoder: EncoderArgument,
+    images: Annotated[str, typer.Option(help=f"Clean unlabelled images: {_SETS}.")] = "digits:train",
+    detector: Annotated[str, typer.Option(help="See 'encoderguard list'.")] = "decree",
+    count: Count = None,
+    setting: Settings = None,
+    *,
+    common: Common,
+) -> int:
+    """Look for the behaviour of a backdoor in an encoder. Exit code 1: found, 0: not found, 3: inconclusive."""
+    from encoderguard import jobs
+
+    settings = parse_settings(setting)
+    result = run_job(
+        f"scan-{detector}",
+        common,
+        lambda **options: jobs.scan(
+            encoder, images, detector=detector, settings=settings, count=count, **options
+        ),
+    )
+    return finish(result.record, common)
+
+
+@command
+def purify(
+    encoder: EncoderArgument,
+    images: Annotated[str, typer.Option(help=f"Clean unlabelled images: {_SETS}.")] = "digits:train",
+    defense: Annotated[str, typer.Option(help="See 'encoderguard list'.")] = "mimic",
+    count: Count = None,
+    setting: Settings = None,
+    resume: Resume = False,
+    *,
+    common: Common,
+) -> int:
+    """Make an encoder that behaves like a suspect one, without its backdoor."""
+    from encoderguard import jobs
+
+    settings = parse_settings(setting)
+    result = run_job(
+        f"purify-{defense}",
+        common,
+        lambda **options: jobs.purify(
+            encoder, images, defense=defense, settings=settings, count=count, **options
+        ),
+        resume=resume,
+    )
+    return finish(result.record, common)
+
+
+@command
+def evaluate(
+    encoder: EncoderArgument,
+    train: Annotated[str, typer.Option(help=f"Labelled images to fit the probe: {_SETS}.")] = "digits:train",
+    test: Annotated[str, typer.Option(help="Labelled images to judge with.")] = "digits:test",
+    trigger: Annotated[
+        Path | None, typer.Option(help="The attacker's trigger: trigger.json or the field's .npz.")
+    ] = None,
+    target: Annotated[
+        int | None, typer.Option(min=0, help="The label aimed at; needed with a trigger.")
+    ] = None,
+    clean_encoder: Annotated[
+        str | None, typer.Option(help="Measured beside it, as the floor of the ASR.")
+    ] = None,
+    probe: Annotated[str, typer.Option(help="mlp, linear or knn.")] = "mlp",
+    seeds: Annotated[int, typer.Option(min=1, help="Probes to fit.")] = 1,
+    setting: Settings = None,
+    *,
+    common: Common,
+) -> int:
+    """Measure accuracy and, with a known trigger, attack success on a downstream task."""
+    from encoderguard import jobs
+
+    settings = parse_settings(setting)
+    result = run_job(
+        f"evaluate-{probe}",
+        common,
+        lambda **options: jobs.evaluate(
+            encoder,
+            train,
+            test,
+            trigger=trigger,
+            target=target,
+            clean_encoder=clean_encoder,
+            probe=probe,
+            settings=settings,
+            seeds=seeds,
+            **options,
+        ),
+    )
+    return finish(result.record, common)

@@ -1,0 +1,1 @@
+"""Defenses, one file each. Found by name through ``encoderguard.registry``."""

@@ -1,0 +1,220 @@
+"""MIMIC (Han et al. 2024): distil the benign knowledge of a suspect encoder into an empty student."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from lightly.models.modules import SimCLRProjectionHead
+from pydantic import Field
+from torch import Tensor, nn
+
+from encoderguard.augment import SIMCLR, random_patches
+from encoderguard.encoder import Encoder
+from encoderguard.images import ImageSet
+from encoderguard.information import Measure, Profile, layer_profile, layer_weights
+from encoderguard.losses import attention_loss, cosine_distance, nt_xent
+from encoderguard.methods import Defense, Purified, require_images
+from encoderguard.random import isolated
+from encoderguard.registry import register
+from encoderguard.run import Run
+from encoderguard.training import Batch, Plan, train
+
+__all__ = ["MIMIC"]
+
+Mode = Literal["default", "paper", "authors"]
+_PRESETS: dict[Mode, dict[str, Any]] = {
+    "paper": {
+        "measure": "mine",
+        "source": "teacher",
+        "pool": 4,
+        "weighting": "zscore",
+        "alpha0": 1.0,
+        "alpha1": 1.0,
+        "lambda1": 0.5,
+        "lambda2": 1000.0,
+        "reduction": "l2",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 1e-6,
+        "schedule": "constant",
+        "epochs": 1000,
+        "patches": 0.0,
+    },
+    "authors": {
+        "measure": "mine",
+        "source": "student",
+        "pool": None,
+        "weighting": "share",
+        "alpha0": 1000.0,
+        "alpha1": 10000.0,
+        "lambda1": 1.0,
+        "lambda2": 1.0,
+        "reduction": "mean",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "weight_decay": 1e-6,
+        "schedule": "constant",
+        "epochs": 1000,
+        "patches": 0.0,
+    },
+    "default": {
+        "measure": "cka",
+        "source": "teacher",
+        "pool": 1,
+        "weighting": "share",
+        "alpha0": 0.1,
+        "alpha1": 1.0,
+        "lambda1": 1.0,
+        "lambda2": 0.3,
+        "reduction": "l2",
+        "optimizer": "adamw",
+        "lr": 3e-3,
+        "weight_decay": 1e-4,
+        "schedule": "one_cycle",
+        "epochs": 100,
+        "patches": 0.5,
+    },
+}
+
+
+@register
+@final
+@dataclass(frozen=True, kw_only=True)
+class MIMIC(Defense):
+    """The backdoor sleeps on clean images: a student that only ever sees those need not learn it.
+
+    Loss (Eq. 8): ``L0 + lambda1 L1 + lambda2 L2`` with ``L0 = 1 - cos(F(x), F'(x))``, ``L1`` = NT-Xent of the
+    student's two views, ``L2 = sum_l beta_l`` times the distance of the attention maps of stage l, and beta from the
+    dependence of the stages on the final features (Algorithm 1).
+
+    Where the paper and the authors' code disagree, ``mode`` chooses: ``paper`` measures MINE on the teacher, takes
+    beta by z-score (clamped at 0; the paper prints no alpha: 1 and 1 here) and the norm of Eq. 6; ``authors``
+    measures MINE in sample on the randomly initialised student, on whole maps, takes shares and averages squares
+    over places; ``default`` is what worked best in our measurements (docs/methods/mimic.md): debiased CKA on
+    the teacher, shares, the norm, a one-cycle schedule, and random patches pasted into what the *student* sees while
+    the teacher sees the image without them. A setting that is given overrides its mode.
+
+    All modes run one student and one teacher forward pass per step on both views and compare on both; the authors
+    run five passes and compare on the first view only.
+    """
+
+    name: ClassVar[str] = "mimic"
+    paper: ClassVar[str] = "Han et al. 2024, arXiv:2406.03508"
+
+    mode: Mode = "default"
+    """Which set of defaults fills the settings that are not given."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the clean images."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images per step."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """The student's (peak) learning rate."""
+    optimizer: Literal["adam", "adamw", "sgd"] | None = None
+    """The student's optimiser."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay."""
+    schedule: Literal["constant", "cosine", "one_cycle"] | None = None
+    """Learning rate over time."""
+    lambda0: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the cosine term L0."""
+    lambda1: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the contrastive term L1."""
+    lambda2: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the attention term L2."""
+    reduction: Literal["l2", "mean"] | None = None
+    """How L2 compares attention maps: the norm of Eq. 6, or the mean of squares over places."""
+    measure: Measure | None = None
+    """The dependence measure behind beta."""
+    source: Literal["teacher", "student"] | None = None
+    """On which network the dependence is measured."""
+    pool: Annotated[int, Field(ge=1)] | None = None
+    """Stage maps are averaged to pool x pool places before measuring; the authors' mode takes them whole."""
+    weighting: Literal["share", "zscore", "uniform"] | None = None
+    """How the dependence becomes beta."""
+    alpha0: Annotated[float, Field(ge=0)] | None = None
+    """Base weight of beta."""
+    alpha1: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the dependence in beta."""
+    patches: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Probability that a random patch covers part of a view that the student sees."""
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    """tau of NT-Xent."""
+    profile_images: Annotated[int, Field(ge=32)] = 2000
+    """At most this many of the clean images are used to measure dependence."""
+
+    def __post_init__(self) -> None:
+        """Check the settings and fill those that were not given from the mode."""
+        super().__post_init__()
+        for key, value in _PRESETS[self.mode].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+
+    def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
+        """See Defense."""
+        require_images(images, max(self.batch_size, 32), "MIMIC")
+        teacher = encoder.frozen().to(run.device)
+        student = teacher.fresh(run.rng.child("student")).to(run.device)
+        profile, beta = self._locate(teacher if self.source == "teacher" else student, images, run)
+        dim = student.feature_dim
+        with isolated(run.rng.integer("head")):
+            head = SimCLRProjectionHead(dim, dim, 128).to(run.device)
+        model = nn.ModuleDict({"student": student, "head": head})
+
+        def loss(batch: Batch) -> dict[str, Tensor]:
+            return self._terms(batch, teacher, student, head, beta)
+
+        history = train(model, loss, images, plan=self._plan(), run=run, task="distilling")
+        evidence = {"profile": profile.model_dump(mode="json"), "beta": beta, "informative": profile.informative}
+        return Purified(encoder=student.eval(), history=history, evidence=evidence)
+
+    def _plan(self) -> Plan:
+        assert self.epochs and self.lr and self.optimizer and self.schedule and self.weight_decay is not None
+        return Plan(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            schedule=self.schedule,
+        )
+
+    def _locate(self, network: Encoder, images: ImageSet, run: Run) -> tuple[Profile, list[float]]:
+        """Algorithm 1: the profile of the network and beta."""
+        assert self.measure and self.weighting and self.alpha0 is not None and self.alpha1 is not None
+        chosen = run.rng.permutation(len(images), "profile")[: self.profile_images]
+        pixels = images.take(chosen).float() / 255
+        authors = self.mode == "authors"
+        profile = layer_profile(
+            network,
+            pixels,
+            measure=self.measure,
+            run=run,
+            pool=None if authors else self.pool,
+            epochs=200 if authors else 30,
+            hidden=512 if authors else 128,
+            seeds=1 if authors else 3,
+        )
+        values = [stage.train if authors else stage.held_out - stage.null for stage in profile.stages]
+        weighting = self.weighting if authors or profile.informative else "uniform"
+        return profile, layer_weights(values, weighting, alpha0=self.alpha0, alpha1=self.alpha1)
+
+    def _terms(
+        self, batch: Batch, teacher: Encoder, student: Encoder, head: nn.Module, beta: list[float]
+    ) -> dict[str, Tensor]:
+        assert self.lambda1 is not None and self.lambda2 is not None and self.reduction and self.patches is not None
+        generator = batch.rng.generator("views")
+        views = torch.cat([SIMCLR(batch.images, generator), SIMCLR(batch.images, generator)])
+        seen = random_patches(views, self.patches, batch.rng.generator("patches"))
+        with torch.no_grad():
+            aim, aim_stages = teacher.features_and_stages(views)
+        features, stages = student.features_and_stages(seen)
+        terms = {"cosine (L0)": self.lambda0 * cosine_distance(features, aim)}
+        if self.lambda1 > 0:
+            terms["nt_xent (L1)"] = self.lambda1 * nt_xent(*head(features).chunk(2), self.temperature)
+        if self.lambda2 > 0:
+            distances = [
+                weight * attention_loss(a, b, reduction=self.reduction)
+                for weight, a, b in zip(beta, stages, aim_stages, strict=True)
+            ]
+            terms["attention (L2)"] = self.lambda2 * torch.stack(distances).sum()
+        return terms

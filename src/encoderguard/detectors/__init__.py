@@ -1,0 +1,1 @@
+"""Detectors, one file each. Found by name through ``encoderguard.registry``."""

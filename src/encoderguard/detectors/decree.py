@@ -1,0 +1,196 @@
+"""DECREE: an encoder is suspect if a small trigger makes all images look alike to it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from encoderguard.calibration import FeatureSpace, Judgement, judge, known_clean, rank_p_value
+from encoderguard.encoder import Encoder
+from encoderguard.features import extract
+from encoderguard.images import ImageSet
+from encoderguard.inversion import Candidate, Inversion, LambdaRule, Objective, SearchPlan, invert
+from encoderguard.methods import Detection, Detector, require_images
+from encoderguard.registry import register
+from encoderguard.run import Run
+from encoderguard.similarity import mean_pairwise_cosine, standardise
+
+__all__ = ["Decree"]
+
+_LARGE = 64
+"""Sides above this use the authors' long schedule (theirs is 224 px)."""
+
+
+@final
+@register
+@dataclass(frozen=True, kw_only=True)
+class Decree(Detector):
+    """Feng et al. 2023, Section 4.2, with the mask polarity of the authors' code (1 replaces the pixel).
+
+    Minimises ``-mean cos(E(x'_p), E(x'_q)) + lambda |m|_1`` over pairs p != q and takes the smallest mask whose batch
+    reached ``beta``. The score, PL1, is the mean of that mask, measured again in float32 on all images.
+    """
+
+    name: ClassVar[str] = "decree"
+    paper: ClassVar[str] = "Feng et al., Detecting Backdoors in Pre-trained Encoders, CVPR 2023, arXiv:2303.15180"
+
+    tau: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Threshold on the PL1 norm (Eq. 7)."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Mean cosine of stamped images above which a trigger counts (Eq. 5)."""
+    restarts: Annotated[int, Field(ge=1)] = 3
+    """Random starts; the smallest verified mask decides."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images per step; at most all images are used."""
+    schedule: Literal["fast", "authors"] = "fast"
+    """``authors``: their epochs, lambda and stop rule for every restart. ``fast``: see ``_plan``."""
+    max_epochs: Annotated[int, Field(ge=1)] = 1000
+    """Passes over the images at most."""
+    max_steps: Annotated[int, Field(ge=1)] = 3000
+    """Steps at most; the best so far is used."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Time budget of the search; the best so far is used. The result then depends on the machine."""
+    feature_space: FeatureSpace = "raw"
+    """Where cosines are taken: ``raw`` as published, or after standardising each dimension over the clean images."""
+    calibrated: bool = True
+    """Judge against clean references too and say "inconclusive" where they do not decide; else ``score < tau``."""
+    margin: Annotated[float, Field(ge=1)] = 1.5
+    """Factor by which a score must undercut the clean references to be called backdoored."""
+    clean_scores: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Scores of encoders known to be clean, same settings and images; they replace tau and the built-in table."""
+
+    def detect(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Detection:
+        """Judge ``encoder`` from clean unlabelled images; ``score`` is PL1, small when a backdoor is indicated.
+
+        Without any verified trigger the score is 1.0 (a full mask always collapses all features).
+
+        Raises:
+            ImageError: fewer than two images.
+            NonFiniteError: features or loss are NaN or infinite.
+            Stopped: the user asked to stop.
+        """
+        require_images(images, 2, "DECREE")
+        exact = replace(run, precision="float32")
+        clean = extract(encoder, images, run=exact)
+        cosine = _Cosine(clean.to(run.device) if self.feature_space == "standardised" else None)
+        found = invert(encoder, images, _negative(cosine), self._plan(images), run=run.child("decree"))
+        best, verified, tried = self._verify(encoder, images, cosine, found, exact)
+        score = best.size if best is not None else 1.0
+        side = max(images.shape[-2:])
+        known = known_clean(encoder.spec, side, self.feature_space)
+        judgement = self._judge(score, [entry.score for entry in known], best is not None)
+        references = self.clean_scores or tuple(entry.score for entry in known)
+        return Detection(
+            verdict=judgement.verdict,
+            score=score,
+            threshold=judgement.threshold,
+            trigger=best.trigger if best is not None else None,
+            p_value=rank_p_value(score, references),
+            evidence={
+                "reason": judgement.reason,
+                "tau": self.tau,
+                "clean_from": judgement.clean_from,
+                "clean_references": [
+                    {"score": s, "source": "given by the user"} for s in self.clean_scores
+                ]
+                or [{"score": e.score, "images": e.images, "source": e.source} for e in known],
+                "ratio_to_smallest_clean": score / min(references) if references else None,
+                "feature_space": self.feature_space,
+                "cosine_of_clean_images": float(cosine(clean.to(run.device))),
+                "cosine_of_stamped_images": verified,
+                "candidates_verified": tried,
+                **_search_evidence(found),
+            },
+        )
+
+    def _plan(self, images: ImageSet) -> SearchPlan:
+        """The authors' schedule in steps, or a shortened one."""
+        large = max(images.shape[-2:]) > _LARGE
+        batch = min(self.batch_size, len(images))
+        epoch = len(images) // batch
+        drops = (200, 500) if large else (30, 50)
+        authors = SearchPlan(
+            goal=-self.beta,
+            restarts=self.restarts,
+            batch_size=batch,
+            max_steps=min(self.max_epochs * epoch, self.max_steps),
+            seconds=self.seconds,
+            learning_rates=((0, 0.5), (drops[0] * epoch, 0.1), (drops[1] * epoch, 0.05)),
+            penalty=LambdaRule(lowest=1e-7 if large else 1e-5),
+            stale_steps=35 if large else 10,
+        )
+        return authors if self.schedule == "authors" else _shortened(authors, large)
+
+    def _verify(
+        self, encoder: Encoder, images: ImageSet, cosine: "_Cosine", found: Inversion, exact: Run
+    ) -> tuple[Candidate | None, float | None, int]:
+        """The smallest tried candidate that holds in float32 on all images, its mean cosine, and how many were tried."""
+        queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)
+        for tried, candidate in enumerate(_widening(queue), start=1):
+            features = extract(encoder, images, run=exact, trigger=candidate.trigger)
+            value = float(cosine(features.to(exact.device)))
+            if value > self.beta:
+                return candidate, value, tried
+        return None, None, len(list(_widening(queue)))
+
+    def _judge(self, score: float, table: list[float], succeeded: bool) -> Judgement:
+        if not self.calibrated:
+            verdict: Literal["backdoored", "clean"] = "backdoored" if score < self.tau else "clean"
+            reason = f"score {score:.4f} against tau {self.tau:g} as published"
+            return Judgement(verdict=verdict, threshold=self.tau, clean_from=self.tau, reason=reason)
+        judgement = judge(score, tau=self.tau, margin=self.margin, own=self.clean_scores, table=table)
+        if succeeded:
+            return judgement
+        reason = f"no restart found a trigger with mean cosine above {self.beta:g} on all images"
+        return replace(judgement, verdict="inconclusive", reason=reason)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cosine:
+    """The mean off-diagonal cosine of ``[..., N, D]``, after standardising over ``reference`` if there is one."""
+
+    reference: Tensor | None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        if self.reference is not None:
+            features = standardise(features, self.reference)
+        return mean_pairwise_cosine(features)
+
+
+def _negative(cosine: _Cosine) -> Objective:
+    def loss(features: Tensor) -> Tensor:
+        return -cosine(features)
+
+    return loss
+
+
+def _shortened(plan: SearchPlan, large: bool) -> SearchPlan:
+    return plan
+
+
+def _widening(queue: list[Candidate]) -> Iterator[Candidate]:
+    """Positions 0, 1, 3, 7, ...: neighbours fail together, so the steps grow."""
+    place = 0
+    while place < len(queue):
+        yield queue[place]
+        place = 2 * place + 1
+
+
+def _search_evidence(found: Inversion) -> dict[str, Any]:
+    return {
+        "restarts": [
+            {
+                "smallest_mask_on_a_batch": kept[0].size if kept else None,
+                "steps": steps,
+                "outcome": outcome,
+            }
+            for kept, steps, outcome in zip(found.candidates, found.steps, found.outcomes, strict=True)
+        ],
+        "image_passes": found.image_passes,
+        "batchnorm_folded": found.folded,
+        "curves": {name: [round(v, 6) for v in values if math.isfinite(v)] for name, values in found.history.items()},
+    }

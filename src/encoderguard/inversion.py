@@ -1,0 +1,313 @@
+"""The trigger-inversion engine: masks and patterns of R restarts, optimised as one batch.
+
+A trigger replaces pixels: ``x' = (1 - m) x + m t``. An objective says what triggered features should look like; the
+engine looks for the smallest mask that meets it. The search runs in low precision on frozen weights, so whoever draws
+a verdict from a candidate measures it again in float32 (``Candidate.trigger`` is a plain ``MaskedPattern``).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoderguard.encoder import Encoder
+from encoderguard.errors import NonFiniteError
+from encoderguard.images import ImageSet
+from encoderguard.methods import History, require_images
+from encoderguard.run import Run
+from encoderguard.triggers import MaskedPattern
+
+__all__ = ["Candidate", "Inversion", "LambdaRule", "Objective", "SearchPlan", "fast_frozen", "invert"]
+
+Objective = Callable[[Tensor], Tensor]
+"""Maps float32 features ``[R, B, D]`` of stamped images to a loss per restart ``[R]``; no restart sees another."""
+Outcome = Literal["converged", "dropped", "budget"]
+"""Why a restart ended: the stop rule, a rung at which others were better, or the step or time budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LambdaRule:
+    """How the weight of the mask's size follows success and failure (DECREE's code; Neural Cleanse before it)."""
+
+    initial: float = 1e-3
+    factor: float = 5.0
+    """Multiplies after more than ``patience`` successes in a row, divides after as many failures."""
+    patience: int = 5
+    lowest: float = 1e-5
+    """Division stops below this."""
+    highest: float = 1e5
+    reset_after: int = 10
+    """More successes in a row than this below ``lowest`` set lambda back to ``initial``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """What the engine needs besides encoder, images and objective. An epoch is ``N // batch_size`` steps."""
+
+    goal: float
+    """A step succeeds when its loss is below this."""
+    restarts: int = 3
+    batch_size: int = 128
+    """Images per step; every restart gets the same ones."""
+    max_steps: int = 2000
+    seconds: float | None = None
+    """Wall-clock budget; the best so far is returned. Results then depend on the machine's speed."""
+    learning_rates: tuple[tuple[int, float], ...] = ((0, 0.5), (210, 0.1), (350, 0.05))
+    """(first step, learning rate), ascending."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    penalty: LambdaRule = field(default_factory=LambdaRule)
+    stale_steps: int = 10
+    """A restart converges at the end of an epoch whose mean loss is below ``goal`` after more steps than this
+    without improvement."""
+    least_gain: float = 0.0
+    """Relative decrease of the smallest mask that counts as an improvement for ``stale_steps``."""
+    rungs: tuple[int, ...] = ()
+    """Steps after which the worse half of the running restarts is dropped (successive halving)."""
+    keep: int = 12
+    """Candidates kept per restart."""
+    spacing: float = 0.98
+    """Neighbouring kept candidates differ by this factor in size, so that a failed one has a larger one to fall
+    back to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A trigger that met the goal on one batch."""
+
+    restart: int
+    step: int
+    size: float
+    """Mean of the mask, in [0, 1]: DECREE's PL1 norm."""
+    loss: float
+    trigger: MaskedPattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """What a search found; per restart the candidates run from the smallest mask to larger ones."""
+
+    candidates: tuple[tuple[Candidate, ...], ...]
+    steps: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+    history: History
+    """Per epoch: mean loss and smallest successful mask of each restart (1.0 before the first success)."""
+    image_passes: int
+    """Images sent through the encoder, forward and backward."""
+    folded: bool
+    """Whether BatchNorm was folded into the convolutions."""
+
+
+def fast_frozen(encoder: Encoder, sample: Tensor, run: Run) -> tuple[Encoder, bool]:
+    """A frozen eval copy on the run's device, with BatchNorm folded into convolutions where that is exact.
+
+    Args:
+        encoder: unchanged.
+        sample: images ``[N, 3, H, W]`` in [0, 1] on which the folded copy is compared in float32.
+        run: device and precision.
+
+    Returns:
+        The copy, and whether it is folded (an untraceable or differing backbone is left as it is).
+    """
+    fast = encoder.frozen().to(run.device)
+    plain = fast.backbone
+    with torch.no_grad():
+        expected = fast(sample.to(run.device))
+    folded = _fold(plain)
+    if folded is not None:
+        fast.backbone = folded.requires_grad_(False)
+        with torch.no_grad():
+            difference = (fast(sample.to(run.device)) - expected).abs().max()
+        if not bool(difference <= 1e-4 * expected.abs().max()):
+            fast.backbone, folded = plain, None
+    if run.low_precision:
+        # autocast re-casts frozen weights on every step; casting them once is the same arithmetic
+        for part in fast.backbone.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.to(torch.bfloat16)
+    return fast, folded is not None
+
+
+def _fold(backbone: nn.Module) -> nn.Module | None:
+    from torch.fx.experimental.optimization import fuse
+
+    if not any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules()):
+        return None
+    try:
+        folded: nn.Module = fuse(backbone)
+    except Exception:  # tracing runs the module's own code on symbols, which may fail in any way
+        return None
+    return folded.eval()
+
+
+class _Lambda:
+    """One lambda per restart, all following the same rule."""
+
+    def __init__(self, rule: LambdaRule, restarts: int) -> None:
+        self.rule = rule
+        self.value = torch.full((restarts,), rule.initial, dtype=torch.float64)
+        self.up, self.down, self.low = (torch.zeros(restarts, dtype=torch.int64) for _ in range(3))
+
+    def update(self, which: Tensor, success: Tensor) -> None:
+        """Count one step of the restarts ``which`` (indices) and move their lambdas."""
+        rule, value = self.rule, self.value[which]
+        up = torch.where(success, self.up[which] + 1, 0)
+        down = torch.where(success, 0, self.down[which] + 1)
+        low = torch.where(success & (value < rule.lowest), self.low[which] + 1, 0)
+        raised, lowered, reset = up > rule.patience, down > rule.patience, low > rule.reset_after
+        value = torch.where(raised & (value < rule.highest), value * rule.factor, value)
+        value = torch.where(lowered & (value >= rule.lowest), value / rule.factor, value)
+        self.value[which] = torch.where(reset, rule.initial, value)
+        self.up[which], self.down[which] = up.masked_fill(raised, 0), down.masked_fill(lowered, 0)
+        self.low[which] = low.masked_fill(reset, 0)
+
+
+class _Restarts:
+    """The state of all restarts: parameters, lambdas, best candidates, who still runs."""
+
+    def __init__(self, plan: SearchPlan, size: tuple[int, int], run: Run) -> None:
+        self.plan, self.device = plan, run.device
+        self.active = list(range(plan.restarts))
+        self.masks, self.patterns = [], []
+        for r in self.active:
+            generator = run.rng.generator("restart", r)
+            self.masks.append(_logit(torch.rand(size, generator=generator)).to(run.device).requires_grad_())
+            self.patterns.append(_logit(torch.rand(3, *size, generator=generator)).to(run.device).requires_grad_())
+        self.optimizer = torch.optim.Adam([*self.masks, *self.patterns], lr=1.0, betas=plan.betas)
+        self.penalty = _Lambda(plan.penalty, plan.restarts)
+        self.candidates: list[list[Candidate]] = [[] for _ in self.active]
+        self.reference = [float("inf")] * plan.restarts
+        self.stale, self.steps = [0] * plan.restarts, [0] * plan.restarts
+        self.losses: list[list[float]] = [[] for _ in self.active]
+        self.outcomes: list[Outcome] = ["budget"] * plan.restarts
+        self.history: History = {f"{kind}/{r}": [] for kind in ("loss", "size") for r in self.active}
+        self.image_passes = 0
+
+    def smallest(self, r: int) -> float:
+        return self.candidates[r][0].size if self.candidates[r] else 1.0
+
+    def step(self, number: int, images: Tensor, encoder: Encoder, objective: Objective, run: Run) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = [rate for first, rate in self.plan.learning_rates if first <= number][-1]
+        mask = torch.stack([_squash(self.masks[r]) for r in self.active])
+        pattern = torch.stack([_squash(self.patterns[r]) for r in self.active])
+        stamped = torch.lerp(images[None], pattern[:, None], mask[:, None, None])
+        with run.autocast():
+            features = encoder(stamped.flatten(0, 1))
+        loss = objective(features.float().unflatten(0, stamped.shape[:2]))
+        which = torch.tensor(self.active)
+        weight = self.penalty.value[which].to(mask)
+        # |m|_1 counts the three channels that share the mask
+        total = loss + weight * 3 * mask.sum((1, 2))
+        self.optimizer.zero_grad(set_to_none=True)
+        total.sum().backward()  # type: ignore[no-untyped-call]
+        self._record(number, mask.detach(), pattern.detach(), loss.detach(), which)
+        self.optimizer.step()
+        self.image_passes += stamped.shape[0] * stamped.shape[1]
+
+    def _record(self, number: int, mask: Tensor, pattern: Tensor, loss: Tensor, which: Tensor) -> None:
+        """Note who succeeded, before the parameters that did so change."""
+        losses, sizes = torch.stack([loss, mask.mean((1, 2))]).cpu()
+        if not bool(losses.isfinite().all()):
+            raise NonFiniteError(f"The loss of the trigger search became NaN or infinite at step {number}.")
+        success = losses < self.plan.goal
+        self.penalty.update(which, success)
+        for i, r in enumerate(self.active):
+            self.steps[r], self.stale[r] = number + 1, self.stale[r] + 1
+            self.losses[r].append(float(losses[i]))
+            if bool(success[i]) and float(sizes[i]) < self.smallest(r):
+                trigger = MaskedPattern(mask[i].cpu().clone(), pattern[i].cpu().clone())
+                self._keep(
+                    Candidate(restart=r, step=number, size=float(sizes[i]), loss=float(losses[i]), trigger=trigger)
+                )
+
+    def _keep(self, found: Candidate) -> None:
+        r, kept = found.restart, self.candidates[found.restart]
+        if found.size < self.reference[r] * (1 - self.plan.least_gain):
+            self.reference[r], self.stale[r] = found.size, 0
+        # the newest is the smallest; the one before stays only if it is clearly smaller than its own predecessor
+        if len(kept) > 1 and kept[0].size > self.plan.spacing * kept[1].size:
+            kept.pop(0)
+        kept.insert(0, found)
+        del kept[self.plan.keep :]
+
+    def end_epoch(self, number: int) -> None:
+        """Apply the stop rule and the rungs; ``number`` steps are done."""
+        before = number - len(self.losses[self.active[0]])
+        for r in list(self.active):
+            mean = sum(self.losses[r]) / len(self.losses[r])
+            self.history[f"loss/{r}"].append(mean)
+            self.history[f"size/{r}"].append(self.smallest(r))
+            if mean < self.plan.goal and self.stale[r] > self.plan.stale_steps:
+                self._end(r, "converged")
+            self.losses[r].clear()
+        for _ in range(sum(before < rung <= number for rung in self.plan.rungs)):
+            order = sorted(self.active, key=self.smallest)
+            for r in order[(len(order) + 1) // 2 :]:
+                self._end(r, "dropped")
+
+    def _end(self, r: int, outcome: Outcome) -> None:
+        self.active.remove(r)
+        self.outcomes[r] = outcome
+
+
+def invert(
+    encoder: Encoder, images: ImageSet, objective: Objective, plan: SearchPlan, *, run: Run
+) -> Inversion:
+    """Search for the smallest mask whose stamped images meet the objective; any-time within the plan's budgets.
+
+    Args:
+        encoder: unchanged.
+        images: clean images, N x 3 x H x W; an incomplete last batch of an epoch is left out.
+        objective: see ``Objective``.
+        plan: budgets, schedule, stop rule.
+        run: device, precision, streams, progress.
+
+    Raises:
+        ImageError: fewer than two images.
+        NonFiniteError: the loss became NaN or infinite.
+        Stopped: the user asked to stop.
+    """
+    require_images(images, 2, "The trigger search")
+    pixels = images.take(torch.arange(len(images))).to(run.device)
+    fast, folded = fast_frozen(encoder, pixels[:8].float() / 255, run)
+    state = _Restarts(plan, (pixels.shape[-2], pixels.shape[-1]), run)
+    deadline = time.monotonic() + plan.seconds if plan.seconds is not None else float("inf")
+    for number, (batch, last) in zip(range(plan.max_steps), _batches(pixels, plan, run), strict=False):
+        run.check_stop()
+        state.step(number, batch, fast, objective, run)
+        if last:
+            state.end_epoch(number + 1)
+            best = min(map(state.smallest, range(plan.restarts)))
+            run.progress("invert", number + 1, plan.max_steps, f"mask {best:.4f}, {len(state.active)} running")
+        if not state.active or time.monotonic() > deadline:
+            break
+    return Inversion(
+        candidates=tuple(map(tuple, state.candidates)),
+        steps=tuple(state.steps),
+        outcomes=tuple(state.outcomes),
+        history=state.history,
+        image_passes=state.image_passes,
+        folded=folded,
+    )
+
+
+def _batches(pixels: Tensor, plan: SearchPlan, run: Run) -> Iterator[tuple[Tensor, bool]]:
+    """Endless float batches in a new order each epoch, with a flag on the last one of an epoch."""
+    size = min(plan.batch_size, len(pixels))
+    per_epoch, epoch = len(pixels) // size, 0
+    while True:
+        order = run.rng.permutation(len(pixels), "order", epoch).to(pixels.device)
+        for i in range(per_epoch):
+            yield pixels[order[i * size : (i + 1) * size]].float() / 255, i + 1 == per_epoch
+        epoch += 1
+
+
+def _logit(uniform: Tensor) -> Tensor:
+    return torch.atanh((uniform - 0.5) * (2 - 1e-6))
+
+
+def _squash(parameter: Tensor) -> Tensor:
+    return torch.tanh(parameter) / 2 + 0.5

@@ -1,0 +1,48 @@
+"""Pure tensor functions, named after the papers' terms."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["attention_loss", "attention_map", "cosine_distance", "nt_xent"]
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - mean cos(a_i, b_i)`` of two ``[N, D]`` batches (MIMIC Eq. 4; BadEncoder's terms up to a constant)."""
+    return 1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean()
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss (MIMIC Eq. 1): views ``a_i`` and ``b_i`` attract, the other ``2N - 2`` repel.
+
+    Args:
+        a: ``[N, D]`` projections of the first views.
+        b: ``[N, D]`` projections of the second views.
+        temperature: tau > 0.
+    """
+    from lightly.loss import NTXentLoss
+
+    loss: Tensor = NTXentLoss(temperature=temperature)(a.float(), b.float())
+    return loss
+
+
+def attention_map(stage: Tensor, p: int = 2) -> Tensor:
+    """``sum_c |A_c|^p``, flattened over space and divided by its L2 norm (MIMIC Eq. 6 and 7): ``[N, C, H, W]`` to ``[N, HW]``."""
+    return F.normalize(stage.float().abs().pow(p).sum(1).flatten(1), dim=1, eps=1e-6)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, *, reduction: str = "l2", p: int = 2) -> Tensor:
+    """Distance of two stages' attention maps, averaged over the batch.
+
+    Args:
+        student: ``[N, C, H, W]``.
+        teacher: ``[N, C', H, W]``.
+        reduction: ``l2`` is Eq. 6 as printed, a norm per sample; ``mean`` is the authors' code, the squared
+            difference averaged over the H x W places (so deep stages weigh more by the ratio of their areas).
+        p: order of Eq. 7.
+    """
+    difference = attention_map(student, p) - attention_map(teacher, p)
+    if reduction == "mean":
+        return difference.square().mean()
+    # the norm has no gradient at 0; the small constant keeps identical maps harmless
+    return (difference.square().sum(1) + 1e-12).sqrt().mean()

@@ -1,0 +1,137 @@
+"""The four families of methods and what each returns.
+
+Settings are fields of the method, data are arguments of its call. A detector or a defense has no argument through
+which a trigger, a target, labels, test images or "this one is backdoored" could come in.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from encoderguard.encoder import Encoder
+from encoderguard.errors import ImageError
+from encoderguard.images import ImageSet
+from encoderguard.registry import Family, Method
+from encoderguard.run import Run
+from encoderguard.triggers import MaskedPattern, Trigger
+
+__all__ = [
+    "Defense",
+    "Detection",
+    "Detector",
+    "EncoderAttack",
+    "History",
+    "Planted",
+    "Pretrained",
+    "Pretraining",
+    "Purified",
+    "Reference",
+    "Verdict",
+    "require_images",
+]
+
+Verdict = Literal["backdoored", "clean", "inconclusive"]
+History = dict[str, list[float]]
+"""Named curves: one value per epoch (or per logged step)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A freshly pre-trained encoder (eval mode) and its training curves."""
+
+    encoder: Encoder
+    history: History
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One image of the class the attacker aims at: uint8 ``[3, H, W]``; ``label`` is for records only."""
+
+    image: Tensor
+    label: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """A backdoored encoder (eval mode) with what the attacker knows about it."""
+
+    encoder: Encoder
+    trigger: Trigger
+    history: History
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """A detector's answer. ``score`` is small (or large: see ``evidence``) when a backdoor is indicated."""
+
+    verdict: Verdict
+    score: float
+    threshold: float
+    trigger: MaskedPattern | None = None
+    """The recovered trigger, if the detector recovers one."""
+    p_value: float | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """JSON values only; what a reader needs to judge the verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purified:
+    """A new encoder (eval mode) that should behave like its source without the backdoor."""
+
+    encoder: Encoder
+    history: History
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+class Pretraining(Method, ABC):
+    """Trains an encoder from random weights on unlabelled images."""
+
+    family: ClassVar[Family] = "pretrain"
+
+    @abstractmethod
+    def train(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Pretrained:
+        """Train a copy of ``encoder``; the argument is unchanged."""
+
+
+class EncoderAttack(Method, ABC):
+    """An attacker who owns the encoder and fine-tunes a backdoor into it."""
+
+    family: ClassVar[Family] = "attack"
+
+    @abstractmethod
+    def plant(self, encoder: Encoder, images: ImageSet, references: list[Reference], *, run: Run) -> Planted:
+        """Backdoor a copy of ``encoder`` with the shadow set ``images``; the argument is unchanged."""
+
+
+class Detector(Method, ABC):
+    """Judges whether an encoder carries a backdoor, from clean unlabelled images."""
+
+    family: ClassVar[Family] = "detector"
+
+    @abstractmethod
+    def detect(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Detection:
+        """Judge ``encoder``; it is unchanged."""
+
+
+class Defense(Method, ABC):
+    """Makes a clean encoder out of a suspect one, from clean unlabelled images."""
+
+    family: ClassVar[Family] = "defense"
+
+    @abstractmethod
+    def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
+        """Purify a copy of ``encoder``; the argument is unchanged."""
+
+
+def require_images(images: ImageSet, least: int, purpose: str) -> None:
+    """Raise ImageError unless there are at least ``least`` images."""
+    if len(images) < least:
+        raise ImageError(
+            f"{purpose} needs at least {least} images, but {images.name} holds {len(images)}; "
+            "give more images or a smaller batch size."
+        )
+
+

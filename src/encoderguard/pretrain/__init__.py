@@ -1,0 +1,1 @@
+"""Pre-training methods, one file each. Found by name through ``encoderguard.registry``."""

@@ -1,0 +1,156 @@
+"""Methods by family and name. A method is one file that holds one registered dataclass."""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from encoderguard.errors import SettingError
+
+__all__ = ["FAMILIES", "Family", "Method", "create", "method_class", "method_names", "register", "setting_docs"]
+
+Family = Literal["pretrain", "attack", "detector", "defense"]
+FAMILIES: dict[Family, str] = {
+    "pretrain": "encoderguard.pretrain",
+    "attack": "encoderguard.attacks",
+    "detector": "encoderguard.detectors",
+    "defense": "encoderguard.defenses",
+}
+_METHODS: dict[tuple[Family, str], type["Method"]] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A frozen dataclass whose fields are the method's settings; they are checked when it is made."""
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check every setting against its annotation, so that Python and the command line agree."""
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            object.__setattr__(self, name, _coerce(type(self), name, adapter, value))
+
+    def settings(self) -> dict[str, Any]:
+        """The settings in effect, as JSON values."""
+        adapters = _adapters(type(self))
+        return {name: adapter.dump_python(getattr(self, name), mode="json") for name, adapter in adapters.items()}
+
+
+MethodT = TypeVar("MethodT", bound=type[Method])
+
+
+def register(cls: MethodT) -> MethodT:
+    """Class decorator: make a method known under its family and name."""
+    key = (cls.family, cls.name)
+    if _METHODS.get(key, cls).__qualname__ != cls.__qualname__:
+        raise ValueError(f"Two methods are named {key}: {_METHODS[key]} and {cls}.")
+    _METHODS[key] = cls
+    return cls
+
+
+def _discover(family: Family) -> None:
+    package = importlib.import_module(FAMILIES[family])
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def method_names(family: Family) -> list[str]:
+    """The registered names of a family, sorted."""
+    _discover(family)
+    return sorted(name for known, name in _METHODS if known == family)
+
+
+def method_class(family: Family, name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        SettingError: no such family or name; the message lists the known ones.
+    """
+    if family not in FAMILIES:
+        raise SettingError(f"Unknown family '{family}'; expected one of {', '.join(FAMILIES)}.")
+    known = method_names(family)
+    if name not in known:
+        raise SettingError(f"Unknown {family} '{name}'; expected one of: {', '.join(known)}.")
+    return _METHODS[(family, name)]
+
+
+def create(family: Family, name: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """A method with ``settings`` (strings are parsed as on the command line).
+
+    Raises:
+        SettingError: unknown method, unknown setting, or a value that its annotation refuses.
+    """
+    cls = method_class(family, name)
+    adapters = _adapters(cls)
+    given = dict(settings or {})
+    unknown = sorted(set(given) - set(adapters))
+    if unknown:
+        raise SettingError(
+            f"Unknown setting '{unknown[0]}' of {family} '{name}'; expected one of: {', '.join(sorted(adapters))}."
+        )
+    return cls(**{key: _parse(cls, key, adapters[key], value) for key, value in given.items()})
+
+
+def _adapters(cls: type[Method]) -> dict[str, TypeAdapter[Any]]:
+    cached: dict[str, TypeAdapter[Any]] | None = cls.__dict__.get("_adapter_cache")
+    if cached is None:
+        hints = get_type_hints(cls, include_extras=True)
+        cached = {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+        cls._adapter_cache = cached  # type: ignore[attr-defined]
+    return cached
+
+
+def _parse(cls: type[Method], name: str, adapter: TypeAdapter[Any], value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return adapter.validate_python(value)
+        except ValidationError:
+            try:  # lists, tuples and null come as JSON: -p sizes=[3,5]
+                return adapter.validate_json(value)
+            except ValidationError:
+                pass
+    return _coerce(cls, name, adapter, value)
+
+
+def _coerce(cls: type[Method], name: str, adapter: TypeAdapter[Any], value: Any) -> Any:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise SettingError(
+            f"Setting '{name}' of {cls.family} '{cls.name}' cannot be {value!r}: {reason[0].lower()}{reason[1:]}."
+        ) from None
+
+
+def setting_docs(cls: type[Method]) -> list[dict[str, Any]]:
+    """Name, type, default and docstring of each setting, for ``--help``, ``list`` and the docs."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            docs[statement.target.id] = inspect.cleandoc(str(following.value.value)) if is_doc else ""  # type: ignore[attr-defined]
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    types = {field.name: _type_name(field.type) for field in dataclasses.fields(cls)}
+    return [
+        {"name": name, "type": types[name], "default": default, "doc": docs.get(name, "")}
+        for name, default in defaults.items()
+    ]
+
+
+def _type_name(hint: Any) -> str:
+    if hasattr(hint, "__metadata__"):
+        hint = hint.__origin__
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

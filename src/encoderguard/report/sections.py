@@ -1,0 +1,252 @@
+"""Turns a record and its arrays into the sections of a page, in reading order."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from encoderguard.report import reading
+from encoderguard.report.bars import Bar, beta_chart, profile_chart, rates_chart
+from encoderguard.report.blocks import Block, Gallery, Note, Points, Section, Table, chart, pixels
+from encoderguard.report.figures import COLOURS, Row, curve_chart, map_chart, score_chart
+from encoderguard.report.pixels import field_of, heat, pictures, stacked, trigger_on_grey
+from encoderguard.report.values import count, mapping, number, numbers, percent, sequence, short, text
+from encoderguard.report.words import not_tested, tested
+
+__all__ = ["sections"]
+
+Record = Mapping[str, Any]
+Arrays = Mapping[str, NDArray[np.generic]]
+_MOST_CURVES = 24
+
+
+def sections(record: Record, arrays: Arrays) -> list[Section]:
+    """Every section for which the record or the arrays hold something."""
+    builders: list[tuple[str, Callable[[Record, Arrays], list[Block]]]] = [
+        ("Before and after", _rates),
+        ("Score", _scores),
+        ("Images with and without the trigger", _examples),
+        ("Recovered trigger", _triggers),
+        ("Map of the features", _maps),
+        ("How much each stage knows of the final features", _profiles),
+        ("Agreement with the encoder it was made from", _fidelity),
+        ("Curves", _curves),
+        ("What was tested, and what was not", _scope),
+        ("Single runs", _runs),
+        ("Evidence", _evidence),
+    ]
+    demo = record.get("job") == "demo"
+    titles = {"Evidence": "Set-up"} if demo else {"Before and after": "Accuracy and attack success"}
+    titles |= {} if "stamped" in arrays else {"Images with and without the trigger": "Images"}
+    built = [(titles.get(title, title), build(record, arrays)) for title, build in builders]
+    return [Section(title=title, blocks=blocks) for title, blocks in built if blocks]
+
+
+def _rates(record: Record, arrays: Arrays) -> list[Block]:
+    groups = reading.rate_groups(record)
+    if not groups:
+        return []
+    names = list(dict.fromkeys(rate for bars in groups.values() for rate in bars))
+    rows = [[name, *(_rate_cell(bars.get(rate)) for rate in names)] for name, bars in groups.items()]
+    picture = chart(rates_chart(groups, reading.GROUP_COLOURS), "Bar chart of the rates in the table below")
+    caption = (
+        "ACC: test images classified correctly. ASR: images of other classes that the trigger sends to the target "
+        "class. “All images” counts those of the target class too. Dots are single seeds, lines intervals."
+    )
+    return [Gallery(pictures=[picture], caption=caption), Table(header=["encoder", *names], rows=rows)]
+
+
+def _rate_cell(bar: Bar | None) -> str:
+    if bar is None or bar.interval is None:
+        return percent(None if bar is None else bar.value)
+    low, high = bar.interval
+    return f"{percent(bar.value)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _score_rows(record: Record) -> list[Row]:
+    entries = {name: mapping(record.get(name)) for name in reading.ENCODERS}
+    rows = []
+    for name, entry in entries.items():
+        score = number(entry.get("score"))
+        values = numbers(entry.get("score_seeds")) or ([] if score is None else [score])
+        if values:
+            rows.append(Row(name=name, scores=values, colour=COLOURS[name], strong=True))
+    own = number(record.get("score"))
+    if own is not None:
+        rows.append(Row(name="this encoder", scores=[own], colour=COLOURS["backdoored"], strong=True))
+    restarts = [score for _, score in reading.named_scores(reading.lookup(record, "restarts"))]
+    if restarts:
+        rows.append(Row(name="its single restarts", scores=restarts, colour=COLOURS["neutral"]))
+    known = [score for _, score in reading.named_scores(reading.lookup(record, "reference"))]
+    if known:
+        rows.append(Row(name="known clean encoders", scores=known, colour=COLOURS["clean"]))
+    return rows
+
+
+def _scores(record: Record, arrays: Arrays) -> list[Block]:
+    rows = _score_rows(record)
+    if not rows:
+        return []
+    parts = [record, *(mapping(record.get(name)) for name in reading.ENCODERS)]
+    threshold = next((t for t in (number(part.get("threshold")) for part in parts) if t is not None), None)
+    side = next((s for s in map(reading.flagged_side, parts) if s), None)
+    svg = score_chart(rows, threshold, side, "score")
+    known = reading.named_scores(reading.lookup(record, "reference"))
+    caption = "The shaded side of the threshold is flagged. " if side and threshold is not None else ""
+    if not known and record.get("job") == "scan":
+        caption += "The record holds no known clean encoder to compare with, so the margin cannot be judged."
+    blocks: list[Block] = [Gallery(pictures=[chart(svg, "Scores against the threshold")], caption=caption)]
+    verdicts = [[name, text(part.get("verdict")), text(part.get("score"))] for name, part in _judged(record)]
+    if verdicts:
+        blocks.append(Table(header=["encoder", "verdict", "score"], rows=verdicts))
+    if any(name and not name.isdigit() for name, _ in known):
+        rows_known = [[name, short(score)] for name, score in known]
+        blocks.append(Table(header=["known clean encoder", "score"], rows=rows_known))
+    return blocks
+
+
+def _judged(record: Record) -> list[tuple[str, dict[str, Any]]]:
+    entries = [(name, mapping(record.get(name))) for name in reading.ENCODERS]
+    return [(name, entry) for name, entry in entries if entry.get("verdict")]
+
+
+def _examples(record: Record, arrays: Arrays) -> list[Block]:
+    plain, stamped = pictures(arrays, "images"), pictures(arrays, "stamped")
+    blocks: list[Block] = []
+    pairs = min(len(plain), len(stamped))
+    if pairs:
+        tiles = [
+            pixels(
+                stacked(plain[k], stamped[k]), f"Image {k + 1}, without the trigger above and with it below"
+            )
+            for k in range(pairs)
+        ]
+        origin = "the recovered trigger" if record.get("job") == "scan" else "the trigger"
+        caption = f"Above: as given. Below: with {origin}."
+        blocks.append(Gallery(pictures=tiles, shape="thumbs", caption=caption))
+    elif plain or stamped:
+        tiles = [pixels(image, f"Image {k}") for k, image in enumerate(plain or stamped, 1)]
+        blocks.append(Gallery(pictures=tiles, shape="thumbs", caption="" if plain else "With the trigger."))
+    reference = [
+        pixels(image, f"Reference image {k}") for k, image in enumerate(pictures(arrays, "reference"), 1)
+    ]
+    if reference:
+        caption = "The attacker's reference: stamped images are given features like these."
+        blocks.append(Gallery(pictures=reference, shape="thumbs", caption=caption))
+    return blocks
+
+
+def _triggers(record: Record, arrays: Arrays) -> list[Block]:
+    blocks: list[Block] = []
+    for suffix in ("", *(f"_{name}" for name in reading.ENCODERS)):
+        mask, pattern = field_of(arrays, f"mask{suffix}", 2), field_of(arrays, f"pattern{suffix}", 3)
+        if mask is None:
+            continue
+        who = f"{suffix[1:]}: " if suffix else ""
+        tiles = [pixels(heat(mask), "Mask: how much of each pixel the trigger replaces", f"{who}mask")]
+        if pattern is not None:
+            tiles.append(
+                pixels(pictures({"p": pattern}, "p")[0], "Pattern: the colours of the trigger", "pattern")
+            )
+            together = trigger_on_grey(mask, pattern)
+            tiles += [] if together is None else [pixels(together, "The trigger on a grey image", "on grey")]
+        size = f"Mean of the mask {short(float(mask.mean()))}, largest value {short(float(mask.max()))}."
+        blocks.append(Gallery(pictures=tiles, shape="tiles", caption=size))
+    if blocks:
+        how = "Mask: black keeps the image's pixel, pale yellow replaces it. Small and concentrated is suspicious."
+        blocks.append(Note(text=how))
+    return blocks
+
+
+def _maps(record: Record, arrays: Arrays) -> list[Block]:
+    found = reading.embedding_maps(arrays)
+    if not found:
+        return []
+    panels = []
+    for title, clean, triggered in found:
+        amounts = [(clean, "clean image"), (triggered, "triggered image")]
+        words = " and ".join(count(len(rows), noun) for rows, noun in amounts if rows is not None)
+        panels.append(chart(map_chart(clean, triggered), f"Map of {words}, {title}", title))
+    caption = "Two-dimensional projections of the features, each with its own axes."
+    if any(triggered is not None for _, _, triggered in found):
+        caption += (
+            " A backdoor shows as triggered images that collapse into one spot away from their clean copies."
+        )
+    return [Gallery(pictures=panels, shape="panels", caption=caption)]
+
+
+def _profiles(record: Record, arrays: Arrays) -> list[Block]:
+    panels = [
+        chart(profile_chart(measure, clean, triggered), f"{measure} of each stage with the final features")
+        for measure, clean, triggered in reading.profiles(record)
+    ]
+    taps, weights = reading.betas(record)
+    if weights:
+        panels.append(chart(beta_chart(taps, weights), "Weight of each stage in the attention loss"))
+    if not panels:
+        return []
+    caption = (
+        "Dependence of each stage on the final features, from shallow to deep. Points are held-out values with "
+        "their spread over seeds; the grey band is the same measure on shuffled pairs, where there is nothing to "
+        "find. Weights β say how much of each stage the student is asked to copy."
+    )
+    return [Gallery(pictures=panels, shape="charts", caption=caption)]
+
+
+def _fidelity(record: Record, arrays: Arrays) -> list[Block]:
+    names = {
+        "cosine": "mean cosine of the features",
+        "cka": "linear CKA",
+        "neighbour_overlap": "share of nearest neighbours kept",
+    }
+    values = {key: number(item) for key, item in mapping(reading.lookup(record, "fidelity")).items()}
+    rows = [[names.get(key, key), short(item)] for key, item in values.items() if item is not None]
+    return (
+        [Table(rows=rows, caption="On clean images, without labels; 1 is perfect agreement.")] if rows else []
+    )
+
+
+def _curves(record: Record, arrays: Arrays) -> list[Block]:
+    found = list(reading.curves(record).items())
+    panels = [chart(curve_chart(name, lines), f"Curve of {name}") for name, lines in found[:_MOST_CURVES]]
+    more = len(found) - len(panels)
+    caption = "One value per epoch or logged step." + (
+        f" {count(more, 'curve')} more in the record." if more else ""
+    )
+    return [Gallery(pictures=panels, shape="curves", caption=caption)] if panels else []
+
+
+def _scope(record: Record, arrays: Arrays) -> list[Block]:
+    if record.get("job") != "scan" or not record.get("verdict"):
+        return []
+    return [
+        Points(title="Tested", items=tested(record)),
+        Points(title="Not tested", items=not_tested(record)),
+    ]
+
+
+def _runs(record: Record, arrays: Arrays) -> list[Block]:
+    runs = [_flat(mapping(run)) for run in sequence(record.get("runs"))]
+    header = list(dict.fromkeys(key for run in runs for key in run))[:12]
+    rows = [[run.get(key, "") for key in header] for run in runs if run]
+    return [Table(header=header, rows=rows)] if rows and header else []
+
+
+def _flat(run: Mapping[str, Any]) -> dict[str, str]:
+    """Scalars of a run, one level deep: ``{"clean": {"acc": .9}}`` becomes ``clean acc``."""
+    found: dict[str, str] = {}
+    for key, item in run.items():
+        nested = {f"{key} {inner}": value for inner, value in mapping(item).items()} or {key: item}
+        found |= {name: text(value) for name, value in nested.items() if isinstance(value, str | int | float)}
+    return found
+
+
+def _evidence(record: Record, arrays: Arrays) -> list[Block]:
+    scalars = mapping(record.get("evidence")) | {
+        key: record[key] for key in ("trigger", "target", "recipe", "seeds") if record.get(key) is not None
+    }
+    rows = [[key, text(item)] for key, item in scalars.items() if isinstance(item, str | int | float)]
+    nested = [[key, text(item)] for key, item in scalars.items() if key in ("trigger", "recipe", "seeds")]
+    rows += [row for row in nested if row not in rows]
+    return [Table(rows=rows)] if rows else []

@@ -1,0 +1,68 @@
+"""Writing files so that a reader sees the old one, the new one, or none - never half of one."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from encoderguard.errors import OutputError, StorageError
+
+__all__ = ["prepare_folder", "write_atomic", "write_text"]
+
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
+def _translated(error: OSError, path: Path) -> Exception:
+    reason = error.strerror or str(error)
+    if error.errno in _STORAGE_ERRNOS:
+        return StorageError(f"Could not store {path}: {reason}. Nothing was changed; free space and run again.")
+    return OutputError(f"Cannot write {path}: {reason}. Choose a path that can be written with --out.")
+
+
+def prepare_folder(path: Path) -> Path:
+    """Make ``path`` a folder that can be written, before any work is spent on it.
+
+    Raises:
+        OutputError: it is a file, or writing there is not allowed.
+        StorageError: the disk is full.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-"):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        raise OutputError(f"The output {path} must be a folder, but a file of that name exists.") from None
+    except OSError as error:
+        raise _translated(error, path) from error
+    return path
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+
+    Raises:
+        OutputError: writing there is not allowed.
+        StorageError: the disk is full or failed; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _translated(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text atomically. Raises as ``write_atomic``."""
+    return write_atomic(path, lambda temporary: _fill(temporary, text))
+
+
+def _fill(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

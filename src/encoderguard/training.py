@@ -1,0 +1,203 @@
+"""The one training loop: batches, precision, schedule, progress, checkpoint and resume, NaN guard.
+
+All randomness is a function of (seed, epoch) or (seed, step), so a run that was killed and resumed ends where an
+unbroken one ends, bit for bit on the same machine.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoderguard.errors import EncoderError, NonFiniteError
+from encoderguard.images import ImageSet
+from encoderguard.methods import History, require_images
+from encoderguard.random import Rng
+from encoderguard.run import Run, Stopped
+from encoderguard.storage import write_atomic
+
+__all__ = ["Batch", "Plan", "train"]
+
+_SAVE_EVERY = 60.0  # seconds between checkpoints
+_IN_MEMORY = 4 << 30  # bytes of pixels that are moved to the device once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long and how fast to train."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """``cosine`` falls to zero; ``one_cycle`` warms up linearly over the first tenth, then does."""
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of a step."""
+        if self.schedule == "constant":
+            return self.lr
+        warm = max(1, total // 10) if self.schedule == "one_cycle" else 0
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees at one step."""
+
+    images: Tensor
+    """float32 ``[B, 3, H, W]`` in [0, 1] on the device."""
+    indices: Tensor
+    """int64 ``[B]``: their places in the image set."""
+    rng: Rng
+    """Streams of this step."""
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[Batch], dict[str, Tensor]],
+    images: ImageSet,
+    *,
+    plan: Plan,
+    run: Run,
+    task: str,
+    prepare: Callable[[], object] | None = None,
+) -> History:
+    """Minimise the sum of the terms that ``loss`` returns over ``model``'s trainable parameters.
+
+    Args:
+        model: holds everything that is trained; it is what a checkpoint stores.
+        loss: called under autocast with the images of a step; each value is one weighted scalar term.
+        images: shuffled every epoch; the last incomplete batch of an epoch is dropped.
+        plan: length, optimiser and schedule.
+        run: seed, device, precision, progress, checkpoint.
+        task: shown beside the progress.
+        prepare: called before each step (``model.train`` by default), to put modules into their modes.
+
+    Returns:
+        The mean of each term and of ``loss`` per epoch.
+
+    Raises:
+        ImageError: fewer images than one batch.
+        NonFiniteError: a loss became NaN or infinite.
+        Stopped: the user asked to stop; the state is saved first.
+    """
+    require_images(images, plan.batch_size, task.capitalize())
+    loop = _Loop(model, images, plan, run, task)
+    while loop.step < loop.total:
+        (prepare or model.train)()
+        loop.advance(loss)
+    return loop.history
+
+
+class _Loop:
+    def __init__(self, model: nn.Module, images: ImageSet, plan: Plan, run: Run, task: str) -> None:
+        self.model, self.images, self.plan, self.run, self.task = model, images, plan, run, task
+        self.per_epoch = len(images) // plan.batch_size
+        self.total = plan.epochs * self.per_epoch
+        self.optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad])
+        self.step, self.sums, self.history = 0, dict[str, float](), History()
+        self.saved = time.monotonic()
+        self.pixels = _resident(images, run.device)
+        self._resume()
+
+    def advance(self, loss: Callable[[Batch], dict[str, Tensor]]) -> None:
+        self._apply(self._terms(loss))
+        self.step += 1
+        if self.step % self.per_epoch == 0:
+            for name, value in self.sums.items():
+                self.history.setdefault(name, []).append(value / self.per_epoch)
+            self.sums = {}
+            self.run.progress(self.task, self.step, self.total, f"loss {self.history['loss'][-1]:.4f}")
+        else:
+            self.run.progress(self.task, self.step, self.total)
+        if self.run.stop.requested:
+            self._save()
+            raise Stopped
+        if time.monotonic() - self.saved > _SAVE_EVERY:
+            self._save()
+
+    def _terms(self, loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+        epoch, place = divmod(self.step, self.per_epoch)
+        size = self.plan.batch_size
+        chosen = self.run.rng.permutation(len(self.images), "order", epoch)[place * size : (place + 1) * size]
+        source = self.images.take(chosen) if self.pixels is None else self.pixels[chosen.to(self.run.device)]
+        batch = Batch(source.to(self.run.device).float().div_(255), chosen, self.run.rng.child("step", self.step))
+        with self.run.autocast():
+            return loss(batch)
+
+    def _apply(self, terms: dict[str, Tensor]) -> None:
+        total = torch.stack(list(terms.values())).sum()
+        values = {name: float(term.detach()) for name, term in (terms | {"loss": total}).items()}
+        if not math.isfinite(values["loss"]):
+            raise NonFiniteError(
+                f"{self.task.capitalize()}: the loss is {values['loss']} at step {self.step} "
+                f"({', '.join(f'{name} {value:.3g}' for name, value in values.items())}); lower the learning rate."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.step, self.total)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _save(self) -> None:
+        path = self.run.checkpoint
+        if path is None:
+            return
+        state = {
+            "task": self.task,
+            "plan": repr(self.plan),
+            "step": self.step,
+            "sums": self.sums,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_atomic(path, lambda part: torch.save(state, part))
+        self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        path = self.run.checkpoint
+        if path is None or not self.run.resume or not path.exists():
+            return
+        state = _read_checkpoint(path)
+        if (state["task"], state["plan"]) != (self.task, repr(self.plan)):
+            raise EncoderError(f"The checkpoint {path} belongs to a run with other settings: {state['plan']}.")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.sums, self.history = state["step"], state["sums"], state["history"]
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise EncoderError(f"The checkpoint {path} cannot be read ({type(error).__name__}); remove it to start over.") from None
+    return state
+
+
+def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay, fused=True
+        )
+    kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+
+
+def _resident(images: ImageSet, device: torch.device) -> Tensor | None:
+    height, width = images.shape
+    if len(images) * 3 * height * width > _IN_MEMORY:
+        return None
+    return images.take(torch.arange(len(images))).to(device)
