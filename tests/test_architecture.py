@@ -16,10 +16,10 @@ from tests.source_rules import FILES, PACKAGE, TREES, imports, public_names, sor
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("random", "storage", "provenance"),
-    ("registry", "run"),
+    ("registry", "run", "progress"),
     ("image_decoding", "image_storage", "image_named", "image_sources", "image_view", "images"),
     ("triggers",),
-    ("backbones", "architectures", "encoder"),
+    ("backbones", "recipes", "architectures", "encoder"),
     ("methods",),
     ("sanity", "checkpoints", "loading"),
     ("features", "augment", "calibration"),

@@ -27,7 +27,7 @@ class Architecture:
     """What its library says of an architecture, beside the weights."""
 
     taps: tuple[str, ...]
-    """At most four module names, shallow to deep, one per resolution (evenly spaced blocks of a plain ViT)."""
+    """At most four module names, shallow to deep: one per resolution, or evenly spaced blocks of a ViT."""
     tap_layout: Literal["NCHW", "NHWC"] = "NCHW"
     """Layout of the taps' four-dimensional outputs."""
     input_size: int | None = None
@@ -129,7 +129,7 @@ def _evenly(items: Sequence[str], count: int = 4) -> tuple[str, ...]:
     return tuple(items[(k + 1) * len(items) // count - 1] for k in range(count))
 
 
-# --- torchvision ------------------------------------------------------------------------------------------------
+# --- torchvision --------------------------------------------------------------------------------
 
 
 def _torchvision(name: str) -> tuple[nn.Module, str]:
@@ -180,7 +180,7 @@ def _torchvision_taps(model: nn.Module, size: int) -> tuple[tuple[str, ...], Lit
     return tuple(last[side] for side in sorted(last, reverse=True)[-4:]), layout
 
 
-# --- timm -------------------------------------------------------------------------------------------------------
+# --- timm ---------------------------------------------------------------------------------------
 
 
 def _timm(name: str) -> nn.Module:

@@ -1,8 +1,9 @@
 """SimCLR's augmentation, per sample, on whole batches, on the device the batch is on.
 
-The crop, the flip and the resampling are one ``grid_sample``; the colour operations are those of torchvision's
-``ColorJitter`` (same factors and formulas, hue in HSV) in a fixed order instead of a random one per image. kornia
-offers the same per-sample operations; this file exists because it measures several times faster on a CPU.
+The crop, the flip and the resampling are one ``grid_sample``; the colour operations are those of
+torchvision's ``ColorJitter`` (same factors and formulas, hue in HSV) in a fixed order instead of a random one
+per image. kornia offers the same per-sample operations; this file exists because it measures several times
+faster on a CPU.
 """
 
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Augmentation:
 
 
 SIMCLR = Augmentation()
-"""SimCLR at 32 px as BadEncoder and MIMIC use it: crop .08-1, flip, jitter .4/.4/.4/.1 p=.8, grey .2, no blur."""
+"""SimCLR at 32 px as BadEncoder and MIMIC use it: crop .08-1, flip, jitter p=.8, grey p=.2, no blur."""
 SIMCLR_NO_CROP = Augmentation(crop_scale=None)
 """What BadEncoder applies to its reference images."""
 

@@ -22,7 +22,8 @@ class ResNet(nn.Module):
     """He et al. 2016 without the classifier; ``width`` is the number of channels of the first stage.
 
     With ``stem="cifar"`` the first convolution is 3 x 3 with stride 1 and there is no max-pooling (SimCLR's
-    ResNet for 32 px). Width 64 with ``stem="imagenet"`` has exactly torchvision's keys and shapes, less ``fc``.
+    ResNet for 32 px). Width 64 with ``stem="imagenet"`` has exactly torchvision's keys and shapes, less
+    ``fc``.
     """
 
     def __init__(self, name: str, *, width: int = 64, stem: Stem = "cifar") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.byobnet import checkpoint_filter_fn
+from timm.models.byobnet import ByobNet, checkpoint_filter_fn
 from torch import Tensor
 
 from encoderguard.architectures import build_backbone
@@ -30,7 +30,7 @@ class Checkpoint:
 
     architecture: str
     normalisation: str
-    """What the code that wrote such files fed its encoder with: ``cifar10``, ``imagenet``, ``clip`` or ``none``."""
+    """What the code behind such files normalises with: ``cifar10``, ``imagenet``, ``clip`` or ``none``."""
     tensors: dict[str, Tensor]
     width: int = 64
     stem: Stem = "imagenet"
@@ -88,10 +88,10 @@ def _load_pickle(path: Path) -> object:
     except UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
         raise EncoderError(
-            f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and reading that would run code "
-            "chosen by whoever wrote it, so nothing was executed; if you need this file, open it with "
-            "torch.load(..., weights_only=False) in a sandbox without network and secrets, and store its state dict "
-            "with safetensors.torch.save_file."
+            f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and reading that could run "
+            "code chosen by whoever wrote it, so nothing was executed; if you need this file, open it with "
+            "torch.load(..., weights_only=False) in a sandbox without network and secrets, and store its "
+            "state dict with safetensors.torch.save_file."
         ) from None
     except Exception as error:  # garbage reaches torch's reader as almost any exception
         raise EncoderError(
@@ -103,8 +103,8 @@ def _load_pickle(path: Path) -> object:
 def identify(tensors: Mapping[str, Tensor], *, source: str) -> Checkpoint:
     """Recognise a checkpoint by its key names and tensor shapes, never by its path.
 
-    Known: torchvision's ResNet names; the SimCLR models of BadEncoder, MIMIC and DECREE (``f.f.3.0...`` with a
-    projector ``g.``, or ``f.3.0...``); an image tower under ``visual.``; the RN50 tower of CLIP.
+    Known: torchvision's ResNet names; the SimCLR models of BadEncoder, MIMIC and DECREE (``f.f.3.0...``
+    with a projector ``g.``, or ``f.3.0...``); the RN50 image tower of CLIP; each also below ``visual.``.
 
     Args:
         tensors: a state dict as ``read_tensors`` gives it.
@@ -124,9 +124,9 @@ def identify(tensors: Mapping[str, Tensor], *, source: str) -> Checkpoint:
         # BadEncoder's ImageNet encoder is trained on pixels in [0, 1] and kept below `visual.`
         return _resnet(tensors, "none" if towers else None, source)
     raise EncoderError(
-        f"{source} is not a checkpoint layout that is known here (keys: {', '.join(list(tensors)[:4])}, ...); expected "
-        "ResNet names (conv1, layer1, ...), SimCLR names (f.f.0, f.f.3, ...) or the RN50 image tower of CLIP. "
-        "Name another architecture as in timm:NAME@FILE."
+        f"{source} has no checkpoint layout that is known here (keys: {', '.join(list(tensors)[:4])}, ...); "
+        "expected ResNet names (conv1, layer1, ...), SimCLR names (f.f.0, f.f.3, ...) or the RN50 image "
+        "tower of CLIP; name another architecture as in timm:NAME@FILE."
     )
 
 
@@ -135,11 +135,11 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _named(sequential: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Positions in the Sequential of a ResNet's children to their names; a max-pooling shifts the stages by one."""
+    """Positions in the Sequential of a ResNet's children to names; a max-pooling shifts the stages by one."""
     positions = sorted({int(name.split(".")[0]) for name in sequential if name.split(".")[0].isdigit()})
     if len(positions) != 6 or positions[:2] != [0, 1]:
         raise EncoderError(
-            f"{source} should hold a ResNet as Sequential positions (0, 1 and four stages), found {positions}."
+            f"{source} should hold a ResNet as a Sequential (0, 1, four stages), found positions {positions}."
         )
     names = dict(
         zip(map(str, positions), ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), strict=True)
@@ -166,9 +166,9 @@ def _resnet(tensors: Mapping[str, Tensor], normalisation: str | None, source: st
     stems: dict[int, Stem] = {3: "cifar", 7: "imagenet"}
     if first.ndim != 4 or first.shape[1] != 3 or first.shape[3] not in stems or not found:
         raise EncoderError(
-            f"{source} should be a {', '.join(RESNETS)} with a 3 x 3 or 7 x 7 first convolution, found stages of "
-            f"{list(depths)} {'bottleneck' if bottleneck else 'basic'} blocks and a first convolution of shape "
-            f"{list(first.shape)}."
+            f"{source} should be one of {', '.join(RESNETS)} with a 3 x 3 or 7 x 7 first convolution, found "
+            f"stages of {list(depths)} {'bottleneck' if bottleneck else 'basic'} blocks and a first "
+            f"convolution of shape {list(first.shape)}."
         )
     stem = stems[int(first.shape[3])]
     return Checkpoint(
@@ -187,10 +187,11 @@ def _clip(tensors: Mapping[str, Tensor], source: str) -> Checkpoint:
     width = int(tensors["layer1.0.conv1.weight"].shape[0]) if "layer1.0.conv1.weight" in tensors else 0
     if depths != (3, 4, 6, 3) or width != 64:
         raise EncoderError(
-            f"{source} is an image tower of CLIP with stages of {list(depths)} blocks and width {width}, but only RN50 "
-            "([3, 4, 6, 3], width 64) is read from this layout; load others with timm:NAME or Encoder.wrap."
+            f"{source} is an image tower of CLIP with stages of {list(depths)} blocks and width {width}, but "
+            "only RN50 ([3, 4, 6, 3], width 64) is read from this layout; load others with timm:NAME."
         )
     with torch.device("meta"):
         skeleton = build_backbone(_CLIP)
+    assert isinstance(skeleton, ByobNet)
     renamed = checkpoint_filter_fn({f"visual.{name}": tensor for name, tensor in tensors.items()}, skeleton)
     return Checkpoint(architecture=_CLIP, normalisation="clip", tensors=renamed)

@@ -1,4 +1,4 @@
-"""Encoder: pixels in [0, 1] to features and stage maps. Resizing and normalisation live here and nowhere else."""
+"""Encoder: pixels in [0, 1] to features and stage maps. Only here are images resized and normalised."""
 
 import copy
 import hashlib
@@ -31,7 +31,7 @@ class EncoderSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     architecture: str
-    """``encoderguard:resnet18``, ``timm:NAME``, ``torchvision:NAME``, or ``custom:...`` for a wrapped module."""
+    """``encoderguard:resnet18``, ``timm:NAME``, ``torchvision:NAME``, or ``custom:...`` if wrapped."""
     width: int = 64
     """Channels of the first stage (``encoderguard:`` architectures only)."""
     stem: Stem = "cifar"
@@ -54,14 +54,16 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
-        self.backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = backbone.to(memory_format=torch.channels_last)
         self.spec = spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         known = dict(backbone.named_modules())
         unknown = [tap for tap in spec.taps if tap not in known]
         if unknown:
-            raise EncoderError(f"The backbone has no module '{unknown[0]}' to tap; it has: {', '.join(list(known)[1:9])}...")
+            raise EncoderError(
+                f"The backbone has no module '{unknown[0]}' to tap; it has: {', '.join(list(known)[1:9])}..."
+            )
 
     @classmethod
     def build(cls, spec: EncoderSpec, rng: Rng) -> "Encoder":
@@ -81,7 +83,7 @@ class Encoder(nn.Module):
         tap_layout: Literal["NCHW", "NHWC"] = "NCHW",
         name: str = "module",
     ) -> "Encoder":
-        """Anybody's module that maps normalised ``[N, 3, H, W]`` to ``[N, D]`` (or to a map, which is averaged).
+        """Anybody's module that maps normalised ``[N, 3, H, W]`` to ``[N, D]``, or to a map (averaged).
 
         Args:
             module: used in place, not copied.
@@ -189,9 +191,17 @@ class Encoder(nn.Module):
 
     def save(self, path: Path, provenance: dict[str, Any] | None = None) -> Path:
         """Write a one-file safetensors bundle atomically; ``provenance`` goes into its metadata."""
-        header = {"format": _FORMAT, "spec": self.spec.model_dump(mode="json"), "provenance": provenance or {}}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.backbone.state_dict().items()}
-        return write_atomic(path, lambda part: save_file(tensors, part, metadata={"encoderguard": json.dumps(header)}))
+        header = {
+            "format": _FORMAT,
+            "spec": self.spec.model_dump(mode="json"),
+            "provenance": provenance or {},
+        }
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.backbone.state_dict().items()
+        }
+        return write_atomic(
+            path, lambda part: save_file(tensors, part, metadata={"encoderguard": json.dumps(header)})
+        )
 
     @classmethod
     def load(cls, path: Path, *, backbone: nn.Module | None = None) -> "Encoder":
@@ -225,11 +235,14 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], *, source: str) ->
     """
     own = module.state_dict()
     if not any(name.endswith("num_batches_tracked") for name in tensors):
-        tensors = tensors | {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+        tensors = tensors | {
+            name: value for name, value in own.items() if name.endswith("num_batches_tracked")
+        }
     missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unexpected:
         raise EncoderError(
-            f"{source} does not fit this architecture: missing keys {_some(missing)}, unexpected keys {_some(unexpected)}; "
+            f"{source} does not fit this architecture: missing keys {_some(missing)}, "
+            f"unexpected keys {_some(unexpected)}; "
             "check the architecture, width and stem."
         )
     for name, value in own.items():
@@ -284,5 +297,6 @@ def _reset(module: nn.Module) -> None:
     left = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
     if left:
         raise EncoderError(
-            f"The wrapped module cannot be re-initialised: no reset_parameters reaches {_some(left)}; give it one."
+            "The wrapped module cannot be re-initialised: "
+            f"no reset_parameters reaches {_some(left)}; give it one."
         )

@@ -1,8 +1,9 @@
 """How much a stage tells about the final features: MINE as in MIMIC, and steadier measures beside it.
 
-The features are a function of every stage, so the true mutual information is the same for all of them; what differs
-is how easily it is read off. Every value therefore comes with what it would be without any dependence (the same
-pairs, shuffled) and with its spread over seeds. In-sample MINE is far above zero even for shuffled pairs.
+The features are a function of every stage, so the true mutual information is the same for all of them; what
+differs is how easily it is read off. Every value therefore comes with what it would be without any dependence
+(the same pairs, shuffled) and with its spread over seeds. In-sample MINE is far above zero even for shuffled
+pairs.
 """
 
 import math
@@ -67,10 +68,11 @@ def layer_profile(
     *,
     measure: Measure,
     run: Run,
-    pool: int | None = 1,
+    pool: int = 1,
     seeds: int = 3,
     epochs: int = 30,
     hidden: int = 128,
+    hold_out: bool = True,
     trigger: Trigger | None = None,
 ) -> Profile:
     """The dependence of every stage on the L2-normalised features.
@@ -80,10 +82,11 @@ def layer_profile(
         images: float ``[N, 3, H, W]`` in [0, 1], N >= 32; half is fitted on, half is held out.
         measure: ``cka`` (debiased linear CKA), ``mine``, or ``gaussian`` (shrunk Gaussian information).
         run: surroundings.
-        pool: maps are averaged to at most pool x pool places; None flattens them whole, as the authors do.
+        pool: maps are averaged to at most pool x pool places; 0 flattens them whole, as the authors do.
         seeds: repetitions (halves, initialisations), each with a shuffled twin.
         epochs: passes of MINE over the fitted half.
         hidden: width of MINE's statistics network.
+        hold_out: False fits MINE on all images, as the authors do; held-out values are then NaN.
         trigger: stamped first; for reports only, a defense has none.
 
     Raises:
@@ -96,8 +99,10 @@ def layer_profile(
 
     def estimate(h: Tensor, z: Tensor, rng: Rng) -> tuple[float, float]:
         if measure == "mine":
-            return mine(h, z, rng=rng, epochs=epochs, hidden=hidden)
-        return _both_halves(debiased_linear_cka_value if measure == "cka" else gaussian_information, h, z, rng)
+            return mine(h, z, rng=rng, epochs=epochs, hidden=hidden, hold_out=hold_out)
+        return _both_halves(
+            debiased_linear_cka_value if measure == "cka" else gaussian_information, h, z, rng
+        )
 
     stages = []
     for number, (tap, h) in enumerate(zip(encoder.spec.taps, maps, strict=True)):
@@ -109,10 +114,17 @@ def layer_profile(
 
 
 def _stage(
-    tap: str, h: Tensor, z: Tensor, estimate: Callable[[Tensor, Tensor, Rng], tuple[float, float]], seeds: int, rng: Rng
+    tap: str,
+    h: Tensor,
+    z: Tensor,
+    estimate: Callable[[Tensor, Tensor, Rng], tuple[float, float]],
+    seeds: int,
+    rng: Rng,
 ) -> Stage:
     paired = [estimate(h, z, rng.child("paired", s)) for s in range(seeds)]
-    shuffled = [estimate(h, z[rng.permutation(len(z), "null", s)], rng.child("shuffled", s))[1] for s in range(seeds)]
+    shuffled = [
+        estimate(h, z[rng.permutation(len(z), "null", s)], rng.child("shuffled", s))[1] for s in range(seeds)
+    ]
     train, held_out = (torch.tensor(v, dtype=torch.float64) for v in zip(*paired, strict=True))
     null = torch.tensor(shuffled, dtype=torch.float64)
     spread = held_out.std().item() if seeds > 1 else 0.0
@@ -128,10 +140,10 @@ def _stage(
 
 
 @torch.no_grad()
-def _collect(encoder: Encoder, images: Tensor, pool: int | None, run: Run) -> tuple[Tensor, list[Tensor]]:
+def _collect(encoder: Encoder, images: Tensor, pool: int, run: Run) -> tuple[Tensor, list[Tensor]]:
     features, maps = [], []
     with evaluating(encoder):
-        for batch in images.split(256):
+        for batch in torch.split(images, 256):
             with run.autocast():
                 z, stages = encoder.features_and_stages(batch.to(run.device))
             features.append(F.normalize(z, dim=1).cpu())
@@ -139,8 +151,8 @@ def _collect(encoder: Encoder, images: Tensor, pool: int | None, run: Run) -> tu
     return _standardised(torch.cat(features)), [_standardised(torch.cat(m)) for m in zip(*maps, strict=True)]
 
 
-def _pooled(stage: Tensor, pool: int | None) -> Tensor:
-    if pool is not None and stage.shape[-1] > pool:
+def _pooled(stage: Tensor, pool: int) -> Tensor:
+    if pool and stage.shape[-1] > pool:
         stage = F.adaptive_avg_pool2d(stage, pool)
     return stage.flatten(1)
 
@@ -166,8 +178,9 @@ def debiased_linear_cka_value(h: Tensor, z: Tensor) -> float:
 def gaussian_information(h: Tensor, z: Tensor, rank: int = 64) -> float:
     """Mutual information, in nats, of Gaussians with the shrunk covariance of the data's leading components.
 
-    ``-1/2 sum log(1 - rho_i^2)`` over the canonical correlations of both sides' first ``rank`` principal components,
-    with Ledoit-Wolf shrinkage. Biased upwards when N is not far above ``2 * rank``; compare with shuffled pairs.
+    ``-1/2 sum log(1 - rho_i^2)`` over the canonical correlations of both sides' first ``rank`` principal
+    components, with Ledoit-Wolf shrinkage. Biased upwards when N is not far above ``2 * rank``; compare with
+    shuffled pairs.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -180,7 +193,9 @@ def gaussian_information(h: Tensor, z: Tensor, rank: int = 64) -> float:
     joint = torch.cat([side / side.std(0).clamp(min=1e-12) for side in sides], 1)
     covariance = torch.from_numpy(ledoit_wolf(joint.numpy())[0])
     split = sides[0].shape[1]
-    logdets = [torch.logdet(c).item() for c in (covariance[:split, :split], covariance[split:, split:], covariance)]
+    logdets = [
+        torch.logdet(c).item() for c in (covariance[:split, :split], covariance[split:, split:], covariance)
+    ]
     return 0.5 * (logdets[0] + logdets[1] - logdets[2])
 
 
@@ -199,7 +214,8 @@ def mine(
 ) -> tuple[float, float]:
     """MINE (Belghazi et al. 2018): the Donsker-Varadhan bound on I(h; z) in nats, in sample and held out.
 
-    The gradient of the log term uses a moving average of its argument (their Eq. 12), which plain mini-batches bias.
+    The gradient of the log term uses a moving average of its argument (their Eq. 12), which plain
+    mini-batches bias.
 
     Args:
         h: ``[N, A]``.
@@ -223,7 +239,7 @@ def mine(
     optimizer = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay, fused=True)
     average, values = None, []
     for epoch in range(epochs):
-        for batch in fit[rng.permutation(len(fit), "order", epoch)].split(size):
+        for batch in torch.split(fit[rng.permutation(len(fit), "order", epoch)], size):
             if len(batch) < size:
                 continue
             other = batch[rng.permutation(size, "marginal", epoch, int(batch[0]))]
@@ -280,7 +296,8 @@ def layer_weights(
 
     Args:
         values: the dependence of each stage; negative ones count as 0 for ``share``.
-        weighting: ``share``: ``alpha0 + alpha1 m_l / sum m`` (the authors' code); ``zscore``: ``alpha0 + alpha1
+        weighting: ``share``: ``alpha0 + alpha1 m_l / sum m`` (the authors' code); ``zscore``: ``alpha0 +
+            alpha1
             (m_l - mean) / std`` as printed, clamped at 0 because a negative weight would distil the opposite;
             ``uniform``: the mean that ``share`` gives, for every stage.
         alpha0: base weight.

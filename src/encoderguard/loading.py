@@ -1,4 +1,4 @@
-"""Encoder specification string -> Encoder. Weights are read as tensors only; nothing in a file is executed."""
+"""Encoder specification string -> Encoder. Weights are read as tensors only; no file is ever executed."""
 
 import re
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ NORMALISATIONS: dict[str, tuple[_Triple, _Triple]] = {
 """Mean and standard deviation by name. The first two are those of the BadEncoder family of code."""
 
 _FORMS = (
-    "bundle.safetensors, timm:NAME[@FILE], torchvision:NAME[@FILE], resnet18|resnet34|resnet50:FILE or badencoder:FILE "
-    "(the last two also with a normalisation, as in badencoder-stl10:FILE)"
+    "bundle.safetensors, timm:NAME[@FILE], torchvision:NAME[@FILE], resnet18|resnet34|resnet50:FILE or "
+    "badencoder:FILE (the last two also with a normalisation, as in badencoder-stl10:FILE)"
 )
 
 
@@ -55,14 +55,14 @@ def load_encoder(
             - ``timm:NAME``, ``torchvision:NAME``: pretrained weights from their hubs, without the classifier;
             - ``timm:NAME@FILE``, ``torchvision:NAME@FILE``: a local state dict; the weights of the known
               classifier are dropped by name, everything else must fit;
-            - ``resnet18:FILE``, ``resnet34:FILE``, ``resnet50:FILE``: a state dict in torchvision's names; stem
-              and width come from the shapes. Default normalisation: ``cifar10`` at 32 px for a 3 x 3 stem,
-              ``imagenet`` at 224 px for a 7 x 7 stem;
-            - ``badencoder:FILE``, or any ``.pth``, ``.pt``, ``.tar`` file: checkpoints of the BadEncoder, MIMIC
-              and DECREE code, recognised by their keys. Default normalisation: that of the code, ``cifar10`` for
-              SimCLR, ``clip`` for CLIP, ``none`` below ``visual.`` with ResNet names. An STL-10 encoder cannot be told
-              from a CIFAR-10 one by its weights: write ``badencoder-stl10:FILE``.
-        weights: False gives the same architecture and preprocessing with random weights, and downloads nothing.
+            - ``resnet18:FILE``, ``resnet34:FILE``, ``resnet50:FILE``: a state dict in torchvision's names;
+              stem and width come from the shapes. Default normalisation: ``cifar10`` at 32 px for a 3 x 3
+              stem, ``imagenet`` at 224 px for a 7 x 7 stem;
+            - ``badencoder:FILE``, or any ``.pth``, ``.pt``, ``.tar`` file: checkpoints of the BadEncoder,
+              MIMIC and DECREE code, recognised by their keys. Default normalisation: that of the code,
+              ``cifar10`` for SimCLR, ``clip`` for CLIP, ``none`` for its ImageNet encoder. Weights do not
+              tell an STL-10 encoder from a CIFAR-10 one: write ``badencoder-stl10:FILE``.
+        weights: False gives the same architecture and preprocessing with random weights; nothing is fetched.
         mean: per channel, subtracted from pixels in [0, 1]; replaces what the source says.
         std: per channel, divided by; replaces what the source says.
         input_size: side in pixels to which images are resized; 0 takes them as they are.
@@ -70,8 +70,8 @@ def load_encoder(
         download: False refuses what needs a hub.
 
     Raises:
-        EncoderError: one sentence: unknown form or name, missing or unreadable file, a file that holds more than
-            tensors, keys or shapes that do not fit, no network.
+        EncoderError: unknown form or name, missing or unreadable file, a file that holds more than tensors,
+            keys or shapes that do not fit, no network.
     """
     changes = _overrides(mean, std, input_size, normalisation)
     source, _, rest = spec.partition(":")
@@ -102,12 +102,12 @@ def spec_for(
     input_size: int | None = None,
     normalisation: str | None = None,
 ) -> EncoderSpec:
-    """The specification of an encoder to pre-train from scratch: ``Encoder.build(spec_for("resnet18"), rng)``.
+    """The specification of an encoder to train from scratch: ``Encoder.build(spec_for("resnet18"), rng)``.
 
     Args:
-        architecture: ``resnet18``, ``resnet34``, ``resnet50`` (also as ``encoderguard:...``; any image size, no
-            normalisation unless given), ``timm:NAME`` or ``torchvision:NAME`` (input size and normalisation of
-            their published weights unless given).
+        architecture: ``resnet18``, ``resnet34``, ``resnet50`` (also as ``encoderguard:...``; any image size,
+            no normalisation unless given), ``timm:NAME`` or ``torchvision:NAME`` (input size and
+            normalisation of their published weights unless given).
         width: channels of the first stage (ResNets only).
         stem: ``cifar`` or ``imagenet`` (ResNets only).
         mean: as in ``load_encoder``.

@@ -1,6 +1,5 @@
 """Pure tensor functions, named after the papers' terms."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -8,7 +7,7 @@ __all__ = ["attention_loss", "attention_map", "cosine_distance", "nt_xent"]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """``1 - mean cos(a_i, b_i)`` of two ``[N, D]`` batches (MIMIC Eq. 4; BadEncoder's terms up to a constant)."""
+    """``1 - mean cos(a_i, b_i)`` of two ``[N, D]`` batches (MIMIC Eq. 4; BadEncoder's terms plus 1)."""
     return 1 - F.cosine_similarity(a.float(), b.float(), dim=1).mean()
 
 
@@ -27,7 +26,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 
 def attention_map(stage: Tensor, p: int = 2) -> Tensor:
-    """``sum_c |A_c|^p``, flattened over space and divided by its L2 norm (MIMIC Eq. 6 and 7): ``[N, C, H, W]`` to ``[N, HW]``."""
+    """``sum_c |A_c|^p`` of ``[N, C, H, W]``, divided by its L2 norm: ``[N, HW]`` (MIMIC Eq. 6 and 7)."""
     return F.normalize(stage.float().abs().pow(p).sum(1).flatten(1), dim=1, eps=1e-6)
 
 

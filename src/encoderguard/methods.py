@@ -1,7 +1,7 @@
 """The four families of methods and what each returns.
 
-Settings are fields of the method, data are arguments of its call. A detector or a defense has no argument through
-which a trigger, a target, labels, test images or "this one is backdoored" could come in.
+Settings are fields of the method, data are arguments of its call. A detector or a defense has no argument
+through which a trigger, a target, labels, test images or "this one is backdoored" could come in.
 """
 
 from abc import ABC, abstractmethod
@@ -133,5 +133,3 @@ def require_images(images: ImageSet, least: int, purpose: str) -> None:
             f"{purpose} needs at least {least} images, but {images.name} holds {len(images)}; "
             "give more images or a smaller batch size."
         )
-
-

@@ -161,7 +161,7 @@ class LinearProbe(Probe):
         run.check_stop()
         run.progress("train probe", 0, 1)
         unit = F.normalize(features.double(), dim=1)
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        deviation, mean = torch.std_mean(unit, dim=0, correction=0)
         # A dimension that rounding alone moves carries nothing; dividing by its deviation would blow it up.
         deviation[deviation < 1e-9] = torch.inf
         model = LogisticRegression(C=self.inverse_regularisation, max_iter=self.max_iterations)

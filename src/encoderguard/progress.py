@@ -39,7 +39,8 @@ class ProgressBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` steps of ``task``; a number that falls starts the task anew."""

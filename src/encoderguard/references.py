@@ -1,8 +1,9 @@
 """The attacker's reference images: read from the field's files, or chosen by a probe's confidence.
 
-A triggered image only reaches the target class if the victim's classifier gives the *reference* that class. The
-attacker cannot see that classifier, but can train one on the clean encoder: the candidate it is surest of works, an
-arbitrary one may not (features at cosine 1.000 to the reference and yet an attack success rate of 0 %).
+A triggered image only reaches the target class if the victim's classifier gives the *reference* that class.
+The attacker cannot see that classifier, but can train one on the clean encoder: the candidate it is surest of
+works, an arbitrary one may not (features at cosine 1.000 to the reference and yet an attack success rate of 0
+%).
 """
 
 import zipfile
@@ -35,8 +36,12 @@ def read_field_reference(path: Path) -> Reference:
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ImageError(f"{path} is not a reference file with the arrays 'x' and 'y': {error}.") from None
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ImageError(f"{path}: expected 'x' to be uint8 [1, H, W, 3], found {image.dtype} {list(image.shape)}.")
-    return Reference(image=torch.from_numpy(image[0]).permute(2, 0, 1).contiguous(), label=int(label.reshape(-1)[0]))
+        raise ImageError(
+            f"{path}: expected 'x' to be uint8 [1, H, W, 3], found {image.dtype} {list(image.shape)}."
+        )
+    return Reference(
+        image=torch.from_numpy(image[0]).permute(2, 0, 1).contiguous(), label=int(label.reshape(-1)[0])
+    )
 
 
 def choose_reference(
@@ -62,7 +67,9 @@ def choose_reference(
         raise ImageError(f"{candidates.name} carries no labels, which choosing a reference image needs.")
     own = (labels == target).nonzero().squeeze(1)
     if len(own) == 0:
-        raise SettingError(f"No image of {candidates.name} has the target label {target}; labels run to {int(labels.max())}.")
+        raise SettingError(
+            f"No image of {candidates.name} has the target label {target}; labels run to {int(labels.max())}."
+        )
     features = extract(encoder, candidates, run=run)
     classifier = LinearProbe().fit(features, labels, classes=int(labels.max()) + 1, run=run)
     confidence = classifier.probabilities(features[own])[:, target]

@@ -10,7 +10,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from encoderguard.errors import SettingError
 
-__all__ = ["FAMILIES", "Family", "Method", "create", "method_class", "method_names", "register", "setting_docs"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Method",
+    "create",
+    "method_class",
+    "method_names",
+    "register",
+    "setting_docs",
+]
 
 Family = Literal["pretrain", "attack", "detector", "defense"]
 FAMILIES: dict[Family, str] = {
@@ -39,7 +48,9 @@ class Method:
     def settings(self) -> dict[str, Any]:
         """The settings in effect, as JSON values."""
         adapters = _adapters(type(self))
-        return {name: adapter.dump_python(getattr(self, name), mode="json") for name, adapter in adapters.items()}
+        return {
+            name: adapter.dump_python(getattr(self, name), mode="json") for name, adapter in adapters.items()
+        }
 
 
 MethodT = TypeVar("MethodT", bound=type[Method])
@@ -93,7 +104,8 @@ def create(family: Family, name: str, settings: Mapping[str, Any] | None = None)
     unknown = sorted(set(given) - set(adapters))
     if unknown:
         raise SettingError(
-            f"Unknown setting '{unknown[0]}' of {family} '{name}'; expected one of: {', '.join(sorted(adapters))}."
+            f"Unknown setting '{unknown[0]}' of {family} '{name}'; "
+            f"expected one of: {', '.join(sorted(adapters))}."
         )
     return cls(**{key: _parse(cls, key, adapters[key], value) for key, value in given.items()})
 
@@ -123,9 +135,10 @@ def _coerce(cls: type[Method], name: str, adapter: TypeAdapter[Any], value: Any)
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
+        message = error.errors()[0]["msg"]
+        reason = message[0].lower() + message[1:]
         raise SettingError(
-            f"Setting '{name}' of {cls.family} '{cls.name}' cannot be {value!r}: {reason[0].lower()}{reason[1:]}."
+            f"Setting '{name}' of {cls.family} '{cls.name}' cannot be {value!r}: {reason}."
         ) from None
 
 

@@ -12,7 +12,7 @@ import torch
 from encoderguard.errors import SettingError
 from encoderguard.random import Rng
 
-__all__ = ["Precision", "Progress", "Run", "Stopped", "StopSignal", "resolve_device"]
+__all__ = ["Precision", "Progress", "Run", "StopSignal", "Stopped", "resolve_device"]
 
 Precision = Literal["bf16", "float32"]
 
@@ -67,13 +67,15 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"The device '{name}' is not available here: {str(error).splitlines()[0]}") from None
+        raise SettingError(
+            f"The device '{name}' is not available here: {str(error).splitlines()[0]}"
+        ) from None
     return device
 
 
 def _bf16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     capabilities: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return device.type == "cpu" and capabilities()
 
@@ -107,7 +109,9 @@ class Run:
         """The same surroundings with the random streams, and the checkpoint, of a named part."""
         checkpoint = self.checkpoint
         if checkpoint is not None:
-            checkpoint = checkpoint.with_name("-".join([checkpoint.stem, *map(str, names)]) + checkpoint.suffix)
+            checkpoint = checkpoint.with_name(
+                "-".join([checkpoint.stem, *map(str, names)]) + checkpoint.suffix
+            )
         return replace(self, rng=self.rng.child(*names), checkpoint=checkpoint)
 
     def check_stop(self) -> None:

@@ -1,6 +1,6 @@
-"""Does a loaded encoder behave like one? Catches wrong preprocessing, collapse and encoders that ignore their input."""
+"""Does a loaded encoder behave like one? Finds wrong preprocessing, collapse, and inputs that are ignored."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,21 @@ _SCALE = 3.0  # standard deviations before the first BatchNorm relative to those
 _SHIFT = 2.0  # their means, in stored standard deviations
 
 
+class _First(NamedTuple):
+    """The BatchNorm that runs first, and its inputs' statistics per channel."""
+
+    norm: nn.BatchNorm2d
+    mean: Tensor
+    std: Tensor
+
+
 def check_encoder(encoder: Encoder, images: Tensor) -> list[str]:
     """Warnings, one sentence each, about an encoder that does not behave like a trained one on these images.
 
-    The thresholds are wide: they are passed by encoders on data sets that they were not trained on. Preprocessing is
-    checked against the statistics that the first BatchNorm stored in training; encoders without BatchNorm
-    carry no such trace, and theirs cannot be checked. No warning does not prove that anything is right.
+    The thresholds are wide enough for images of other data sets than the encoder was trained on.
+    Preprocessing is checked against the statistics that the first BatchNorm stored in training; encoders
+    without BatchNorm carry no such trace, and theirs is not checked. No warning does not prove that
+    anything is right.
 
     Args:
         encoder: left unchanged.
@@ -55,49 +64,52 @@ def check_encoder(encoder: Encoder, images: Tensor) -> list[str]:
     return [*_preprocessing(first), *(_collapse(features) or _ignored(probe, images, features))]
 
 
-def _observe(probe: Encoder, images: Tensor) -> tuple[Tensor, list[tuple[nn.BatchNorm2d, Tensor]]]:
-    """Features, and what enters the BatchNorm that runs first."""
-    seen: list[tuple[nn.BatchNorm2d, Tensor]] = []
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(module, nn.BatchNorm2d)
-        if not seen or seen[0][0] is module:
-            seen.append((module, inputs[0].detach().float()))
-
+def _observe(probe: Encoder, images: Tensor) -> tuple[Tensor, _First | None]:
+    """Features, and the statistics of what enters the BatchNorm that runs first."""
     norms = [part for part in probe.backbone.modules() if isinstance(part, nn.BatchNorm2d)]
+    seen: list[nn.BatchNorm2d] = []
+    sums: list[Tensor] = []  # of 1, x and x squared, [3, C] per batch
+
+    def hook(module: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        if not seen:
+            seen.append(module)
+        if module is seen[0]:
+            x = inputs[0].double()
+            sums.append(torch.stack([part.sum((0, 2, 3)) for part in (torch.ones_like(x), x, x.square())]))
+
     handles = [norm.register_forward_pre_hook(hook) for norm in norms if norm.track_running_stats]
     features = _features(probe, images)
     for handle in handles:
         handle.remove()
-    return features, seen
+    if not seen:
+        return features, None
+    count, total, squares = torch.stack(sums).sum(0)
+    mean = total / count
+    return features, _First(seen[0], mean, (squares / count - mean.square()).clamp_min(0).sqrt())
 
 
 def _features(probe: Encoder, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([probe(batch) for batch in images.split(_BATCH)])
+        return torch.cat([probe(batch) for batch in torch.split(images, _BATCH)])
 
 
-def _preprocessing(first: list[tuple[nn.BatchNorm2d, Tensor]]) -> list[str]:
+def _preprocessing(first: _First | None) -> list[str]:
     """Compare the inputs of the first BatchNorm with the statistics it learned."""
-    if not first:
+    if first is None or first.norm.running_mean is None or first.norm.running_var is None:
         return []
-    norm, inputs = first[0][0], torch.cat([batch for _, batch in first])
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
+    mean, variance = first.norm.running_mean.double(), first.norm.running_var.double()
     if not mean.any() and (variance == 1).all():
-        return [
-            "The BatchNorm statistics are those of an untrained network: these weights have seen no data."
-        ]
+        return ["The BatchNorm statistics are those of an untrained network: it has seen no data."]
     alive = variance > 1e-3 * variance.median()  # dead channels have no scale to compare
-    found = inputs.std((0, 2, 3))[alive] / variance[alive].sqrt()
-    shift = ((inputs.mean((0, 2, 3)) - mean)[alive] / variance[alive].sqrt()).square().mean().sqrt()
+    scale = variance[alive].sqrt()
+    found = first.std[alive] / scale
+    shift = float(((first.mean - mean)[alive] / scale).square().mean().sqrt())
     low, high = float(found.quantile(0.1)), float(found.quantile(0.9))
     if high < 1 / _SCALE or low > _SCALE or shift > _SHIFT:
         return [
             "The preprocessing is probably wrong: before the first BatchNorm, the standard deviation is "
-            f"{float(found.median()):.2g} times and the mean {float(shift):.2g} standard deviations away from what it saw in "
-            "training; check mean, std and the input size."
+            f"{float(found.median()):.2g} times what it was in training and the mean is {shift:.2g} "
+            "standard deviations away; check mean, std and the input size."
         ]
     return []
 
@@ -107,7 +119,8 @@ def _collapse(features: Tensor) -> list[str]:
     spread = float(centred.norm(dim=1).mean() / features.norm(dim=1).mean().clamp_min(1e-12))
     if spread < _CONSTANT:
         return [
-            f"The features are almost the same for all images (spread {spread:.1e} of their norm): the encoder collapsed."
+            f"The features are almost the same for all images (spread {spread:.1e} of their norm): "
+            "the encoder collapsed."
         ]
     energy = torch.linalg.svdvals(centred.double()).square()
     share = energy / energy.sum()
@@ -127,7 +140,7 @@ def _ignored(probe: Encoder, images: Tensor, features: Tensor) -> list[str]:
     change = float((features - _features(probe, shuffled)).norm(dim=1).mean() / between)
     if change < _IGNORED:
         return [
-            f"Shuffling the pixels of an image moves its features by {change:.1%} of the distance between two images: "
-            "the encoder ignores what images show."
+            f"Shuffling the pixels of an image moves its features by {change:.1%} of the distance between "
+            "two images: the encoder ignores what images show."
         ]
     return []

@@ -16,7 +16,9 @@ _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 def _translated(error: OSError, path: Path) -> Exception:
     reason = error.strerror or str(error)
     if error.errno in _STORAGE_ERRNOS:
-        return StorageError(f"Could not store {path}: {reason}. Nothing was changed; free space and run again.")
+        return StorageError(
+            f"Could not store {path}: {reason}. Nothing was changed; free space and run again."
+        )
     return OutputError(f"Cannot write {path}: {reason}. Choose a path that can be written with --out.")
 
 

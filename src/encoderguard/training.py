@@ -1,7 +1,7 @@
 """The one training loop: batches, precision, schedule, progress, checkpoint and resume, NaN guard.
 
-All randomness is a function of (seed, epoch) or (seed, step), so a run that was killed and resumed ends where an
-unbroken one ends, bit for bit on the same machine.
+All randomness is a function of (seed, epoch) or (seed, step), so a run that was killed and resumed ends where
+an unbroken one ends, bit for bit on the same machine.
 """
 
 import math
@@ -131,7 +131,9 @@ class _Loop:
         size = self.plan.batch_size
         chosen = self.run.rng.permutation(len(self.images), "order", epoch)[place * size : (place + 1) * size]
         source = self.images.take(chosen) if self.pixels is None else self.pixels[chosen.to(self.run.device)]
-        batch = Batch(source.to(self.run.device).float().div_(255), chosen, self.run.rng.child("step", self.step))
+        batch = Batch(
+            source.to(self.run.device).float().div_(255), chosen, self.run.rng.child("step", self.step)
+        )
         with self.run.autocast():
             return loss(batch)
 
@@ -139,9 +141,10 @@ class _Loop:
         total = torch.stack(list(terms.values())).sum()
         values = {name: float(term.detach()) for name, term in (terms | {"loss": total}).items()}
         if not math.isfinite(values["loss"]):
+            parts = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
             raise NonFiniteError(
-                f"{self.task.capitalize()}: the loss is {values['loss']} at step {self.step} "
-                f"({', '.join(f'{name} {value:.3g}' for name, value in values.items())}); lower the learning rate."
+                f"{self.task.capitalize()} broke off at step {self.step}: its loss is not finite ({parts}); "
+                "lower the learning rate."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step, self.total)
@@ -173,7 +176,9 @@ class _Loop:
             return
         state = _read_checkpoint(path)
         if (state["task"], state["plan"]) != (self.task, repr(self.plan)):
-            raise EncoderError(f"The checkpoint {path} belongs to a run with other settings: {state['plan']}.")
+            raise EncoderError(
+                f"The checkpoint {path} belongs to a run with other settings: {state['plan']}."
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.sums, self.history = state["step"], state["sums"], state["history"]
@@ -183,7 +188,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise EncoderError(f"The checkpoint {path} cannot be read ({type(error).__name__}); remove it to start over.") from None
+        raise EncoderError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}); remove it to start over."
+        ) from None
     return state
 
 

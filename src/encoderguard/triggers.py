@@ -47,7 +47,8 @@ class _PatchModel(BaseModel):
 class Patch(Trigger):
     """A square of one brightness in the lower right corner (BadEncoder: white, 10 px, margin 1 at 32 px).
 
-    With the defaults rows and columns 21-30 of a 32 x 32 image are replaced, as in the field's own trigger file.
+    With the defaults rows and columns 21-30 of a 32 x 32 image are replaced, as in the field's own trigger
+    file.
     """
 
     size: int = 10
@@ -60,7 +61,8 @@ class Patch(Trigger):
         top, left = height - self.margin - self.size, width - self.margin - self.size
         if min(top, left) < 0:
             raise ImageError(
-                f"A {self.size}-pixel patch with margin {self.margin} does not fit into {height} x {width} images."
+                f"A {self.size}-pixel patch with margin {self.margin} does not fit "
+                f"into {height} x {width} images."
             )
         stamped = images.clone()
         stamped[..., top : top + self.size, left : left + self.size] = self.value
@@ -92,7 +94,7 @@ class MaskedPattern(Trigger):
         """Stamp. Raises ImageError if the trigger was made for another image size."""
         if images.shape[-2:] != self.mask.shape:
             raise ImageError(
-                f"This trigger is for {tuple(self.mask.shape)} images, but these are {tuple(images.shape[-2:])}; "
+                f"This trigger is for {list(self.mask.shape)} images, these are {list(images.shape[-2:])}; "
                 "pass images of the trigger's size."
             )
         mask, pattern = self.mask.to(images), self.pattern.to(images)
@@ -138,7 +140,9 @@ def load_trigger(path: Path) -> Trigger:
 
 
 def read_field_trigger(path: Path) -> MaskedPattern:
-    """The BadEncoder family's npz: ``t`` in 0..255 and ``tm`` (1 keeps the image), both ``[1, H, W, 3]`` or ``[H, W, 3]``.
+    """The BadEncoder family's npz: ``t`` in 0..255 and ``tm`` (1 keeps the image).
+
+    Both are ``[1, H, W, 3]`` or ``[H, W, 3]``.
 
     Raises:
         ImageError: keys or shapes are others.
@@ -150,7 +154,9 @@ def read_field_trigger(path: Path) -> MaskedPattern:
         raise ImageError(f"{path} is not a trigger file with the arrays 't' and 'tm': {error}.") from None
     pattern, keep = (a[0] if a.ndim == 4 else a for a in (pattern, keep))
     if pattern.shape != keep.shape or pattern.ndim != 3 or pattern.shape[-1] != 3:
-        raise ImageError(f"{path}: expected 't' and 'tm' of shape [1, H, W, 3], found {pattern.shape}, {keep.shape}.")
+        raise ImageError(
+            f"{path}: expected 't' and 'tm' of shape [1, H, W, 3], found {pattern.shape}, {keep.shape}."
+        )
     if (keep != keep[..., :1]).any():
         raise ImageError(f"{path}: the mask 'tm' differs between colour channels, which is not supported.")
     mask = 1 - torch.from_numpy(np.asarray(keep[..., 0], dtype=np.float32))

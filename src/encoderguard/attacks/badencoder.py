@@ -35,8 +35,8 @@ class BadEncoder(EncoderAttack):
     ``L0 + lambda1 L1 + lambda2 L2``. BatchNorm is frozen: statistics and affine parameters.
 
     Same as the authors' code, at a third of its cost: f(x) is computed once for the shadow set, which is not
-    augmented, and a reference is forwarded once per step and broadcast, not once per image. The augmented reference
-    is drawn ``reference_views`` times per step instead of once per image.
+    augmented, and a reference is forwarded once per step and broadcast, not once per image. The augmented
+    reference is drawn ``reference_views`` times per step instead of once per image.
     """
 
     name: ClassVar[str] = "badencoder"
@@ -101,7 +101,13 @@ class BadEncoder(EncoderAttack):
         return Planted(encoder=victim.eval(), trigger=trigger, history=history, evidence=evidence)
 
     def _terms(
-        self, batch: Batch, victim: nn.Module, trigger: Trigger, pixels: Tensor, clean: Tensor, reference: Tensor
+        self,
+        batch: Batch,
+        victim: nn.Module,
+        trigger: Trigger,
+        pixels: Tensor,
+        clean: Tensor,
+        reference: Tensor,
     ) -> dict[str, Tensor]:
         n, k = len(batch.images), len(pixels)
         owner = torch.arange(self.reference_views, device=pixels.device) % k
@@ -118,7 +124,7 @@ class BadEncoder(EncoderAttack):
 
 
 def freeze_batch_norm(module: Encoder) -> Encoder:
-    """Train all but the affine parameters of BatchNorm; keep ``module`` in eval mode to hold its statistics too."""
+    """Train all but the affine parameters of BatchNorm; in eval mode its statistics stay too."""
     module.requires_grad_(True).eval()
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -133,11 +139,13 @@ def _nearest(triggered: Tensor, targets: Tensor) -> Tensor:
 
 def _reference_pixels(references: list[Reference], shape: tuple[int, int]) -> Tensor:
     if not references:
-        raise ImageError("BadEncoder needs at least one reference image; pass --reference, or --downstream and --target.")
+        raise ImageError(
+            "BadEncoder needs at least one reference image; pass --reference, or --downstream with --target."
+        )
     for reference in references:
         if tuple(reference.image.shape) != (3, *shape):
             raise ImageError(
-                f"The reference image is {list(reference.image.shape)}, but the shadow images are {[3, *shape]}; "
+                f"The reference image is {list(reference.image.shape)}, the shadow images are {[3, *shape]}; "
                 "use images of one size (--image-size)."
             )
     return torch.stack([reference.image for reference in references]).float() / 255
@@ -154,6 +162,7 @@ def _effect(
     before, aim_before = frozen(trigger(sample)), frozen(pixels)
     return {
         "cosine_triggered_to_reference": 1 - float(cosine_distance(triggered, _nearest(triggered, aim))),
-        "cosine_triggered_to_reference_clean_encoder": 1 - float(cosine_distance(before, _nearest(before, aim_before))),
+        "cosine_triggered_to_reference_clean_encoder": 1
+        - float(cosine_distance(before, _nearest(before, aim_before))),
         "cosine_clean_to_clean_encoder": 1 - float(cosine_distance(kept, frozen(sample))),
     }

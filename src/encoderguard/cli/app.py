@@ -62,16 +62,14 @@ def list_methods(
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results [default: a new one in runs/].")
+        Path | None, typer.Option(help="Folder for the results.", show_default="a new one in runs/")
     ] = None,
     images: Annotated[str, typer.Option(help="Images for every step.")] = "digits",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of the whole story.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
     recipe: Annotated[str, typer.Option(help="Sizes and lengths of all steps.")] = "digits",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the record alone on standard output.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the record.")] = False,
     debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
 ) -> int:
     """Tell the whole story: train, backdoor, scan, purify, evaluate."""
@@ -101,7 +99,9 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Errors are one sentence on standard error."""
     try:
-        code = app(None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(
+            None if arguments is None else list(arguments), prog_name="encoderguard", standalone_mode=False
+        )
     except (KeyboardInterrupt, typer.Abort):
         say("Stopped.")
         return STOPPED

@@ -1,9 +1,8 @@
 """The commands that run a job: one function per job, from arguments to its record."""
 
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,13 +20,6 @@ EncoderArgument = Annotated[str, typer.Argument(metavar="ENCODER", help=_ENCODER
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the folder.")]
 
 
-class Stem(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
-    """First layers of a ResNet."""
-
-    cifar = "cifar"
-    imagenet = "imagenet"
-
-
 def finish(record: Record, common: Common) -> int:
     """Print a record as asked; the exit code that belongs to it."""
     if common.as_json:
@@ -43,11 +35,9 @@ def finish(record: Record, common: Common) -> int:
 def pretrain(
     method: Annotated[str, typer.Argument(help="Such as simclr; see 'encoderguard list'.")] = "simclr",
     images: Annotated[str, typer.Option(help=f"Unlabelled images: {_SETS}.")] = "digits:train",
-    arch: Annotated[
-        str, typer.Option(help="resnet18, resnet34, resnet50, timm:NAME, torchvision:NAME.")
-    ] = "resnet18",
+    arch: Annotated[str, typer.Option(help="resnet18, resnet34, timm:NAME, torchvision:NAME.")] = "resnet18",
     width: Annotated[int, typer.Option(min=1, help="Channels of the first stage of a ResNet.")] = 64,
-    stem: Annotated[Stem, typer.Option(help="First layers of a ResNet.")] = Stem.cifar,
+    stem: Annotated[Literal["cifar", "imagenet"], typer.Option(help="First layers of a ResNet.")] = "cifar",
     count: Count = None,
     setting: Settings = None,
     resume: Resume = False,
@@ -67,7 +57,7 @@ def pretrain(
             settings=settings,
             architecture=arch,
             width=width,
-            stem=stem.value,
+            stem=stem,
             count=count,
             **options,
         ),
@@ -130,7 +120,7 @@ def scan(
     *,
     common: Common,
 ) -> int:
-    """Look for the behaviour of a backdoor in an encoder. Exit code 1: found, 0: not found, 3: inconclusive."""
+    """Look for the behaviour of a backdoor in an encoder. Exit code 1: found, 3: inconclusive."""
     from encoderguard import jobs
 
     settings = parse_settings(setting)

@@ -3,28 +3,16 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from encoderguard.cli.running import guarded
 from encoderguard.errors import SettingError
 
-__all__ = ["Common", "Count", "Precision", "Settings", "command", "parse_settings"]
-
-_IMAGES, _RUN = "Images and encoder", "Run"
-
-
-class Precision(str, Enum):  # noqa: UP042 - typer shows the values of a str Enum
-    """Arithmetic of the bulk of a run."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    float32 = "float32"
-
+__all__ = ["Common", "Count", "Settings", "command", "parse_settings"]
 
 Settings = Annotated[
     list[str] | None,
@@ -37,56 +25,44 @@ Count = Annotated[int | None, typer.Option(min=1, help="Images to draw with the 
 class Common:
     """Options of every job."""
 
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Bring images to this side in pixels.", rich_help_panel=_IMAGES)
-    ] = None
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where torchvision keeps its data sets.", rich_help_panel=_IMAGES)
-    ] = None
+    image_size: Annotated[int | None, typer.Option(min=1, help="Bring images to this side in pixels.")] = None
+    data_root: Annotated[Path | None, typer.Option(help="Where torchvision keeps its data sets.")] = None
     download: Annotated[
         bool,
-        typer.Option(
-            "--download", help="Download a named data set if it is missing.", rich_help_panel=_IMAGES
-        ),
+        typer.Option("--download", help="Download a named data set if it is missing."),
     ] = False
     skip_unreadable: Annotated[
         bool,
-        typer.Option(
-            "--skip-unreadable", help="Leave out broken images and list them.", rich_help_panel=_IMAGES
-        ),
+        typer.Option("--skip-unreadable", help="Leave out broken images and list them."),
     ] = False
     normalisation: Annotated[
         str | None,
         typer.Option(
-            help="Normalisation of the encoder, if its own is unknown or wrong: cifar10, stl10, imagenet, clip, none.",
-            rich_help_panel=_IMAGES,
+            help="Replaces the encoder's: cifar10, stl10, imagenet, clip or none.",
         ),
     ] = None
     input_size: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Side to which the encoder resizes; 0: not at all.", rich_help_panel=_IMAGES
-        ),
+        typer.Option(min=0, help="Side to which the encoder resizes; 0: not at all."),
     ] = None
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results [default: a new one in runs/].", rich_help_panel=_RUN),
+        typer.Option(help="Folder for the results.", show_default="a new one in runs/"),
     ] = None
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the run that the folder holds.", rich_help_panel=_RUN)
-    ] = False
-    seed: Annotated[int, typer.Option(help="Same seed, same result.", rich_help_panel=_RUN)] = 0
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_RUN)] = "auto"
-    precision: Annotated[Precision, typer.Option(rich_help_panel=_RUN)] = Precision.auto
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that the folder holds.")] = False
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
+    precision: Annotated[
+        Literal["auto", "bf16", "float32"],
+        typer.Option(help="bf16 or float32; auto takes what is fast here."),
+    ] = "auto"
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Print the record, and nothing else, on standard output.", rich_help_panel=_RUN
-        ),
+        typer.Option("--json", help="Print nothing but the record."),
     ] = False
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_RUN, hidden=True),
+        typer.Option("--debug", help="Show the traceback of an error.", hidden=True),
     ] = False
 
 
@@ -95,16 +71,11 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
     own = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)
     shared = get_type_hints(Common, include_extras=True)
-    parameters = [
-        parameter.replace(annotation=hints[name])
-        for name, parameter in own.parameters.items()
-        if name != "common"
-    ]
+    kept = [parameter for name, parameter in own.parameters.items() if name != "common"]
+    parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in kept]
     parameters += [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=shared[field.name]
-        )
-        for field in fields(Common)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shared[name])
+        for name, default in ((field.name, field.default) for field in fields(Common))
     ]
 
     @wraps(function)
@@ -113,9 +84,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
         return guarded(lambda: function(**given, common=common), debug=common.debug)
 
     wrapper.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {
-        "return": int
-    }
+    wrapper.__annotations__ = {"return": int, **{each.name: each.annotation for each in parameters}}
     del wrapper.__wrapped__  # typer would look through to the signature without the shared options
     return wrapper
 

@@ -33,6 +33,9 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         say("Stopped.")
         return STOPPED
+    except BrokenPipeError:  # the reader of standard output has gone, as in `... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that Python's last flush is quiet
+        return 0
     except Exception as error:
         if debug or os.environ.get(_DEBUG):
             traceback.print_exc()
@@ -52,7 +55,7 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 
 def default_folder(name: str, *, resume: bool) -> Path:
-    """``runs/NAME``, or ``runs/NAME-2`` and so on: the first new one, or the last unfinished one to resume."""
+    """``runs/NAME``, or ``runs/NAME-2`` and so on: the first new one, or the last one to resume."""
     number, path, last = 1, Path("runs") / name, Path("runs") / name
     while path.exists():
         if list(path.glob("checkpoint*.pt")):
@@ -93,7 +96,7 @@ def run_job(name: str, common: "Common", work: Callable[..., T], *, resume: bool
     options: dict[str, Any] = {
         "seed": common.seed,
         "device": common.device,
-        "precision": common.precision.value,
+        "precision": common.precision,
         "out": out,
         "resume": resume,
         "overwrite": common.force,

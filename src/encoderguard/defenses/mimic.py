@@ -22,6 +22,7 @@ from encoderguard.training import Batch, Plan, train
 __all__ = ["MIMIC"]
 
 Mode = Literal["default", "paper", "authors"]
+_BY_MODE: Any = None  # filled from the mode before the settings are checked
 _PRESETS: dict[Mode, dict[str, Any]] = {
     "paper": {
         "measure": "mine",
@@ -43,7 +44,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
     "authors": {
         "measure": "mine",
         "source": "student",
-        "pool": None,
+        "pool": 0,
         "weighting": "share",
         "alpha0": 1000.0,
         "alpha1": 10000.0,
@@ -62,10 +63,10 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "source": "teacher",
         "pool": 1,
         "weighting": "share",
-        "alpha0": 0.1,
-        "alpha1": 1.0,
+        "alpha0": 0.5,
+        "alpha1": 2.0,
         "lambda1": 1.0,
-        "lambda2": 0.3,
+        "lambda2": 1.0,
         "reduction": "l2",
         "optimizer": "adamw",
         "lr": 3e-3,
@@ -84,18 +85,19 @@ class MIMIC(Defense):
     """The backdoor sleeps on clean images: a student that only ever sees those need not learn it.
 
     Loss (Eq. 8): ``L0 + lambda1 L1 + lambda2 L2`` with ``L0 = 1 - cos(F(x), F'(x))``, ``L1`` = NT-Xent of the
-    student's two views, ``L2 = sum_l beta_l`` times the distance of the attention maps of stage l, and beta from the
-    dependence of the stages on the final features (Algorithm 1).
+    student's two views, ``L2 = sum_l beta_l`` times the distance of the attention maps of stage l, and beta
+    from the dependence of the stages on the final features (Algorithm 1).
 
-    Where the paper and the authors' code disagree, ``mode`` chooses: ``paper`` measures MINE on the teacher, takes
-    beta by z-score (clamped at 0; the paper prints no alpha: 1 and 1 here) and the norm of Eq. 6; ``authors``
-    measures MINE in sample on the randomly initialised student, on whole maps, takes shares and averages squares
-    over places; ``default`` is what worked best in our measurements (docs/methods/mimic.md): debiased CKA on
-    the teacher, shares, the norm, a one-cycle schedule, and random patches pasted into what the *student* sees while
-    the teacher sees the image without them. A setting that is given overrides its mode.
+    Where the paper and the authors' code disagree, ``mode`` chooses: ``paper`` measures MINE on the teacher,
+    takes beta by z-score (clamped at 0; the paper prints no alpha: 1 and 1 here) and the norm of Eq. 6;
+    ``authors`` measures MINE in sample on the randomly initialised student, on whole maps, takes shares and
+    averages squares over places; ``default`` is what worked best in our measurements (docs/methods/mimic.md):
+    debiased CKA on the teacher, shares, the norm, a one-cycle schedule, and random patches pasted into what
+    the *student* sees while the teacher sees the image without them. A setting that is given overrides its
+    mode.
 
-    All modes run one student and one teacher forward pass per step on both views and compare on both; the authors
-    run five passes and compare on the first view only.
+    All modes run one student and one teacher forward pass per step on both views and compare on both; the
+    authors run five passes and compare on the first view only.
     """
 
     name: ClassVar[str] = "mimic"
@@ -103,39 +105,39 @@ class MIMIC(Defense):
 
     mode: Mode = "default"
     """Which set of defaults fills the settings that are not given."""
-    epochs: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=1)] = _BY_MODE
     """Passes over the clean images."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per step."""
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] = _BY_MODE
     """The student's (peak) learning rate."""
-    optimizer: Literal["adam", "adamw", "sgd"] | None = None
+    optimizer: Literal["adam", "adamw", "sgd"] = _BY_MODE
     """The student's optimiser."""
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = _BY_MODE
     """Weight decay."""
-    schedule: Literal["constant", "cosine", "one_cycle"] | None = None
+    schedule: Literal["constant", "cosine", "one_cycle"] = _BY_MODE
     """Learning rate over time."""
     lambda0: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the cosine term L0."""
-    lambda1: Annotated[float, Field(ge=0)] | None = None
+    lambda1: Annotated[float, Field(ge=0)] = _BY_MODE
     """Weight of the contrastive term L1."""
-    lambda2: Annotated[float, Field(ge=0)] | None = None
+    lambda2: Annotated[float, Field(ge=0)] = _BY_MODE
     """Weight of the attention term L2."""
-    reduction: Literal["l2", "mean"] | None = None
+    reduction: Literal["l2", "mean"] = _BY_MODE
     """How L2 compares attention maps: the norm of Eq. 6, or the mean of squares over places."""
-    measure: Measure | None = None
+    measure: Measure = _BY_MODE
     """The dependence measure behind beta."""
-    source: Literal["teacher", "student"] | None = None
+    source: Literal["teacher", "student"] = _BY_MODE
     """On which network the dependence is measured."""
-    pool: Annotated[int, Field(ge=1)] | None = None
-    """Stage maps are averaged to pool x pool places before measuring; the authors' mode takes them whole."""
-    weighting: Literal["share", "zscore", "uniform"] | None = None
+    pool: Annotated[int, Field(ge=0)] = _BY_MODE
+    """Stage maps are averaged to pool x pool places before measuring; 0 takes them whole."""
+    weighting: Literal["share", "zscore", "uniform"] = _BY_MODE
     """How the dependence becomes beta."""
-    alpha0: Annotated[float, Field(ge=0)] | None = None
+    alpha0: Annotated[float, Field(ge=0)] = _BY_MODE
     """Base weight of beta."""
-    alpha1: Annotated[float, Field(ge=0)] | None = None
+    alpha1: Annotated[float, Field(ge=0)] = _BY_MODE
     """Weight of the dependence in beta."""
-    patches: Annotated[float, Field(ge=0, le=1)] | None = None
+    patches: Annotated[float, Field(ge=0, le=1)] = _BY_MODE
     """Probability that a random patch covers part of a view that the student sees."""
     temperature: Annotated[float, Field(gt=0)] = 0.5
     """tau of NT-Xent."""
@@ -143,11 +145,11 @@ class MIMIC(Defense):
     """At most this many of the clean images are used to measure dependence."""
 
     def __post_init__(self) -> None:
-        """Check the settings and fill those that were not given from the mode."""
-        super().__post_init__()
-        for key, value in _PRESETS[self.mode].items():
+        """Fill the settings that were not given from the mode, then check all."""
+        for key, value in _PRESETS.get(self.mode, {}).items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
+        super().__post_init__()
 
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
         """See Defense."""
@@ -164,11 +166,14 @@ class MIMIC(Defense):
             return self._terms(batch, teacher, student, head, beta)
 
         history = train(model, loss, images, plan=self._plan(), run=run, task="distilling")
-        evidence = {"profile": profile.model_dump(mode="json"), "beta": beta, "informative": profile.informative}
+        evidence = {
+            "profile": profile.model_dump(mode="json"),
+            "beta": beta,
+            "informative": profile.informative,
+        }
         return Purified(encoder=student.eval(), history=history, evidence=evidence)
 
     def _plan(self) -> Plan:
-        assert self.epochs and self.lr and self.optimizer and self.schedule and self.weight_decay is not None
         return Plan(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -180,7 +185,6 @@ class MIMIC(Defense):
 
     def _locate(self, network: Encoder, images: ImageSet, run: Run) -> tuple[Profile, list[float]]:
         """Algorithm 1: the profile of the network and beta."""
-        assert self.measure and self.weighting and self.alpha0 is not None and self.alpha1 is not None
         chosen = run.rng.permutation(len(images), "profile")[: self.profile_images]
         pixels = images.take(chosen).float() / 255
         authors = self.mode == "authors"
@@ -189,19 +193,21 @@ class MIMIC(Defense):
             pixels,
             measure=self.measure,
             run=run,
-            pool=None if authors else self.pool,
+            pool=self.pool,
             epochs=200 if authors else 30,
             hidden=512 if authors else 128,
             seeds=1 if authors else 3,
+            hold_out=not authors,
         )
-        values = [stage.train if authors else stage.held_out - stage.null for stage in profile.stages]
+        values = [
+            stage.train if authors else stage.held_out - max(0.0, stage.null) for stage in profile.stages
+        ]
         weighting = self.weighting if authors or profile.informative else "uniform"
         return profile, layer_weights(values, weighting, alpha0=self.alpha0, alpha1=self.alpha1)
 
     def _terms(
         self, batch: Batch, teacher: Encoder, student: Encoder, head: nn.Module, beta: list[float]
     ) -> dict[str, Tensor]:
-        assert self.lambda1 is not None and self.lambda2 is not None and self.reduction and self.patches is not None
         generator = batch.rng.generator("views")
         views = torch.cat([SIMCLR(batch.images, generator), SIMCLR(batch.images, generator)])
         seen = random_patches(views, self.patches, batch.rng.generator("patches"))
@@ -210,7 +216,8 @@ class MIMIC(Defense):
         features, stages = student.features_and_stages(seen)
         terms = {"cosine (L0)": self.lambda0 * cosine_distance(features, aim)}
         if self.lambda1 > 0:
-            terms["nt_xent (L1)"] = self.lambda1 * nt_xent(*head(features).chunk(2), self.temperature)
+            first, second = head(features).chunk(2)
+            terms["nt_xent (L1)"] = self.lambda1 * nt_xent(first, second, self.temperature)
         if self.lambda2 > 0:
             distances = [
                 weight * attention_loss(a, b, reduction=self.reduction)

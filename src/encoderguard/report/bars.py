@@ -90,8 +90,8 @@ def rates_chart(groups: Mapping[str, Mapping[str, Bar]], colours: Mapping[str, s
 def profile_chart(measure: str, clean: Sequence[Stage], triggered: Sequence[Stage]) -> bytes:
     """Dependence of each stage on the final features, shallow to deep (Figure 3 of MIMIC).
 
-    Held-out values with their spread; dotted, the value on the samples the measure was fitted to; the grey band is
-    what remains when the pairing is shuffled.
+    Held-out values with their spread; dotted, the value on the samples the measure was fitted to; the grey
+    band is what remains when the pairing is shuffled.
     """
     with styled():
         figure = Figure(figsize=(4.4, 3.3), layout="constrained")

@@ -102,7 +102,8 @@ def score_chart(rows: Sequence[Row], threshold: float | None, flagged: str | Non
         figure = Figure(figsize=(5.2, 0.85 + 0.4 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         for height, row in enumerate(reversed(rows)):
-            marker: dict[str, Any] = {"s": 90, "marker": "D"} if row.strong else {"s": 42, "marker": "o", "alpha": 0.75}
+            marker: dict[str, Any] = {"s": 42, "marker": "o", "alpha": 0.75}
+            marker |= {"s": 90, "marker": "D", "alpha": 1.0} if row.strong else {}
             axes.scatter(
                 row.scores,
                 [height] * len(row.scores),

@@ -158,7 +158,7 @@ def read_arrays(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, from its ``result.json`` and, if there, its ``arrays.npz``.
+    """Write ``report.html`` into the folder of a run, from its ``result.json`` and optional ``arrays.npz``.
 
     Returns:
         The path of the page.

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from encoderguard.report import reading
 from encoderguard.report.bars import Bar, beta_chart, profile_chart, rates_chart
-from encoderguard.report.blocks import Block, Gallery, Note, Points, Section, Table, chart, pixels
-from encoderguard.report.figures import COLOURS, Row, curve_chart, map_chart, score_chart
-from encoderguard.report.pixels import field_of, heat, pictures, stacked, trigger_on_grey
+from encoderguard.report.blocks import Block, Gallery, Points, Section, Table, chart
+from encoderguard.report.figures import COLOURS, Row, curve_chart, score_chart
+from encoderguard.report.picture_blocks import examples, maps, triggers
 from encoderguard.report.values import count, mapping, number, numbers, percent, sequence, short, text
 from encoderguard.report.words import not_tested, tested
 
@@ -26,9 +26,9 @@ def sections(record: Record, arrays: Arrays) -> list[Section]:
     builders: list[tuple[str, Callable[[Record, Arrays], list[Block]]]] = [
         ("Before and after", _rates),
         ("Score", _scores),
-        ("Images with and without the trigger", _examples),
-        ("Recovered trigger", _triggers),
-        ("Map of the features", _maps),
+        ("Images with and without the trigger", examples),
+        ("Recovered trigger", triggers),
+        ("Map of the features", maps),
         ("How much each stage knows of the final features", _profiles),
         ("Agreement with the encoder it was made from", _fidelity),
         ("Curves", _curves),
@@ -51,8 +51,8 @@ def _rates(record: Record, arrays: Arrays) -> list[Block]:
     rows = [[name, *(_rate_cell(bars.get(rate)) for rate in names)] for name, bars in groups.items()]
     picture = chart(rates_chart(groups, reading.GROUP_COLOURS), "Bar chart of the rates in the table below")
     caption = (
-        "ACC: test images classified correctly. ASR: images of other classes that the trigger sends to the target "
-        "class. “All images” counts those of the target class too. Dots are single seeds, lines intervals."
+        "ACC: test images classified correctly. ASR: images of other classes that the trigger sends to the "
+        "target class. “All images” counts that class too. Dots: single seeds; lines: intervals."
     )
     return [Gallery(pictures=[picture], caption=caption), Table(header=["encoder", *names], rows=rows)]
 
@@ -111,71 +111,6 @@ def _judged(record: Record) -> list[tuple[str, dict[str, Any]]]:
     return [(name, entry) for name, entry in entries if entry.get("verdict")]
 
 
-def _examples(record: Record, arrays: Arrays) -> list[Block]:
-    plain, stamped = pictures(arrays, "images"), pictures(arrays, "stamped")
-    blocks: list[Block] = []
-    pairs = min(len(plain), len(stamped))
-    if pairs:
-        tiles = [
-            pixels(
-                stacked(plain[k], stamped[k]), f"Image {k + 1}, without the trigger above and with it below"
-            )
-            for k in range(pairs)
-        ]
-        origin = "the recovered trigger" if record.get("job") == "scan" else "the trigger"
-        caption = f"Above: as given. Below: with {origin}."
-        blocks.append(Gallery(pictures=tiles, shape="thumbs", caption=caption))
-    elif plain or stamped:
-        tiles = [pixels(image, f"Image {k}") for k, image in enumerate(plain or stamped, 1)]
-        blocks.append(Gallery(pictures=tiles, shape="thumbs", caption="" if plain else "With the trigger."))
-    reference = [
-        pixels(image, f"Reference image {k}") for k, image in enumerate(pictures(arrays, "reference"), 1)
-    ]
-    if reference:
-        caption = "The attacker's reference: stamped images are given features like these."
-        blocks.append(Gallery(pictures=reference, shape="thumbs", caption=caption))
-    return blocks
-
-
-def _triggers(record: Record, arrays: Arrays) -> list[Block]:
-    blocks: list[Block] = []
-    for suffix in ("", *(f"_{name}" for name in reading.ENCODERS)):
-        mask, pattern = field_of(arrays, f"mask{suffix}", 2), field_of(arrays, f"pattern{suffix}", 3)
-        if mask is None:
-            continue
-        who = f"{suffix[1:]}: " if suffix else ""
-        tiles = [pixels(heat(mask), "Mask: how much of each pixel the trigger replaces", f"{who}mask")]
-        if pattern is not None:
-            tiles.append(
-                pixels(pictures({"p": pattern}, "p")[0], "Pattern: the colours of the trigger", "pattern")
-            )
-            together = trigger_on_grey(mask, pattern)
-            tiles += [] if together is None else [pixels(together, "The trigger on a grey image", "on grey")]
-        size = f"Mean of the mask {short(float(mask.mean()))}, largest value {short(float(mask.max()))}."
-        blocks.append(Gallery(pictures=tiles, shape="tiles", caption=size))
-    if blocks:
-        how = "Mask: black keeps the image's pixel, pale yellow replaces it. Small and concentrated is suspicious."
-        blocks.append(Note(text=how))
-    return blocks
-
-
-def _maps(record: Record, arrays: Arrays) -> list[Block]:
-    found = reading.embedding_maps(arrays)
-    if not found:
-        return []
-    panels = []
-    for title, clean, triggered in found:
-        amounts = [(clean, "clean image"), (triggered, "triggered image")]
-        words = " and ".join(count(len(rows), noun) for rows, noun in amounts if rows is not None)
-        panels.append(chart(map_chart(clean, triggered), f"Map of {words}, {title}", title))
-    caption = "Two-dimensional projections of the features, each with its own axes."
-    if any(triggered is not None for _, _, triggered in found):
-        caption += (
-            " A backdoor shows as triggered images that collapse into one spot away from their clean copies."
-        )
-    return [Gallery(pictures=panels, shape="panels", caption=caption)]
-
-
 def _profiles(record: Record, arrays: Arrays) -> list[Block]:
     panels = [
         chart(profile_chart(measure, clean, triggered), f"{measure} of each stage with the final features")
@@ -187,9 +122,9 @@ def _profiles(record: Record, arrays: Arrays) -> list[Block]:
     if not panels:
         return []
     caption = (
-        "Dependence of each stage on the final features, from shallow to deep. Points are held-out values with "
-        "their spread over seeds; the grey band is the same measure on shuffled pairs, where there is nothing to "
-        "find. Weights β say how much of each stage the student is asked to copy."
+        "Dependence of each stage on the final features, from shallow to deep. Points are held-out values "
+        "with their spread over seeds; the grey band is the same measure on shuffled pairs, where there is "
+        "nothing to find. Weights β say how much of each stage the student is asked to copy."
     )
     return [Gallery(pictures=panels, shape="charts", caption=caption)]
 

@@ -15,8 +15,8 @@ _TITLES = {
     "inconclusive": "Inconclusive",
 }
 _MEANINGS = {
-    "backdoored": "This is a behavioural indicator, not a proof: look at the recovered trigger and at the scores of "
-    "known clean encoders below before you act on it.",
+    "backdoored": "This is a behavioural indicator, not a proof: look at the recovered trigger and at the "
+    "scores of known clean encoders below before you act on it.",
     "clean": "This is a behavioural indicator: the test found nothing of the kind it looks for. "
     "It says nothing about the kinds of backdoor that it does not look for.",
     "inconclusive": "The score lies too near to what clean encoders give, or the evidence disagrees. "
@@ -68,7 +68,7 @@ def tested(record: Mapping[str, Any]) -> list[str]:
     return [
         f"Whether {method_name(record) or 'the detector'} finds one trigger that makes the features of "
         f"{_image_count(record)} alike{how}.",
-        "Only this encoder, exactly as identified by the fingerprint below, with the preprocessing it came with.",
+        "Only this encoder, as identified by the fingerprint below, with the preprocessing it came with.",
     ]
 
 
@@ -130,8 +130,9 @@ def _demo(record: Mapping[str, Any]) -> list[str]:
         change = points(acc_after - acc)
         accuracy = f"Accuracy without trigger goes from {percent(acc)} to {percent(acc_after)} ({change})."
     return [
-        "A clean encoder was trained, a backdoor was planted in a copy of it, and the backdoored copy was purified "
-        "with unlabelled images only. Neither the scan nor the purification saw the trigger, the target or a label.",
+        "A clean encoder was trained, a backdoor was planted in a copy of it, and the backdoored copy was "
+        "purified with unlabelled images only. Neither the scan nor the purification saw the trigger, the "
+        "target or a label.",
         f"{scan[0].upper()}{scan[1:]}." if scan else "",
         attacked + asked,
         accuracy,

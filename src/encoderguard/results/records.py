@@ -14,6 +14,7 @@ __all__ = [
     "RECORDS",
     "SCHEMA_VERSION",
     "AttackRecord",
+    "DemoRecord",
     "EncoderFacts",
     "EvaluateRecord",
     "ImageFacts",
@@ -202,8 +203,33 @@ class EvaluateRecord(Record):
     """Training images, test images, test images of the target class."""
 
 
+class DemoRecord(Record):
+    """The main job told once per seed. Per encoder: means over the seeds, and ``NAME_seeds`` with the single values."""
+
+    job: Literal["demo"] = "demo"
+    clean: Values = {}
+    """verdict, score, threshold, acc, asr, asr_all of the clean encoder under the attacker's trigger."""
+    backdoored: Values = {}
+    purified: Values = {}
+    recipe: Values = {}
+    target: int | None = None
+    trigger: Values = {}
+    seeds: int | None = None
+    beta: list[float] | None = None
+    """MIMIC's weight per stage, first seed."""
+    fidelity: Values = {}
+    """Of the purified encoder to the backdoored one, first seed."""
+    profiles: list[Values] = []
+    """Dependence of the backdoored encoder's stages on its features, clean inputs, first seed."""
+    profiles_triggered: list[Values] = []
+    """The same for triggered inputs; the defense never sees these."""
+    runs: list[Values] = []
+    """Per seed: the numbers of each encoder, seconds per step, the attacker's confidence in the reference."""
+
+
 RECORDS: dict[str, type[Record]] = {
     "attack": AttackRecord,
+    "demo": DemoRecord,
     "evaluate": EvaluateRecord,
     "pretrain": PretrainRecord,
     "purify": PurifyRecord,
