@@ -42,6 +42,13 @@ def imports(
                 yield node.lineno, inner if inner in known else base
 
 
+class RunTime(ast.NodeTransformer):
+    """Takes out what stands under `if TYPE_CHECKING:`, which is never executed."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        return node.orelse if dotted(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
+
+
 def dotted(node: ast.expr) -> str:
     """`torch.jit.load` for the expression of that name, else an empty string."""
     if isinstance(node, ast.Attribute):

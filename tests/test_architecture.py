@@ -9,7 +9,7 @@ import importlib
 
 import pytest
 
-from tests.source_rules import FILES, PACKAGE, TREES, imports, public_names, sort_key, unsafe_loading
+from tests.source_rules import FILES, PACKAGE, TREES, RunTime, imports, public_names, sort_key, unsafe_loading
 
 # From low to high. A module imports only from lower layers, or from modules named before it in its own layer.
 # A name is a module or a whole package; inside one package the modules may import each other.
@@ -53,9 +53,9 @@ def part(module: str) -> str:
     return names[1] if len(names) > 1 else "__init__"
 
 
-def project_imports(module: str) -> list[tuple[int, str]]:
+def project_imports(module: str, tree: ast.AST) -> list[tuple[int, str]]:
     is_package = FILES[module].name == "__init__.py"
-    return list(imports(TREES[module], module, is_package=is_package, known=frozenset(FILES)))
+    return list(imports(tree, module, is_package=is_package, known=frozenset(FILES)))
 
 
 def layer_problem(importer: str, imported: str) -> str | None:
@@ -85,16 +85,17 @@ def test_imports_flow_down() -> None:
     problems = [
         f"{module}, line {line}, imports {name}: {problem}"
         for module in FILES
-        for line, name in dict.fromkeys(project_imports(module))
+        for line, name in dict.fromkeys(project_imports(module, TREES[module]))
         if name.split(".")[0] == PACKAGE and (problem := layer_problem(part(module), part(name)))
     ]
     assert not problems, "\n".join(problems)
 
 
 def test_no_two_modules_need_each_other() -> None:
-    graph = {
-        module: {name for _, name in project_imports(module) if name in FILES} - {module} for module in FILES
-    }
+    graph = {}
+    for module, path in FILES.items():
+        tree = RunTime().visit(ast.parse(path.read_text(encoding="utf-8")))
+        graph[module] = {name for _, name in project_imports(module, tree) if name in FILES} - {module}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -170,6 +171,12 @@ def f():
         (5, "encoderguard.losses"),
         (7, "encoderguard.detectors.decree"),
     ]
+
+
+def test_imports_for_the_type_checker_alone_are_not_needed_at_run_time() -> None:
+    tree = RunTime().visit(ast.parse("if TYPE_CHECKING:\n    import a\nelse:\n    import b\nimport c"))
+    found = imports(tree, "encoderguard.new", is_package=False, known=frozenset())
+    assert {name for _, name in found} == {"b", "c"}
 
 
 def test_relative_imports_of_a_package_start_at_the_package() -> None:

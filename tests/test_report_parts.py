@@ -101,3 +101,33 @@ def test_pickled_or_broken_arrays_are_refused(tmp_path: Path) -> None:
     (tmp_path / "arrays.npz").write_bytes(b"PK\x03\x04broken")
     with pytest.raises(UsageError, match="cannot be read as plain arrays"):
         write_report(tmp_path)
+
+
+def test_restarts_known_encoders_and_curves_are_read_as_decree_writes_them() -> None:
+    evidence = {
+        "restarts": [
+            {"smallest_mask_on_a_batch": 0.2, "steps": 54},
+            {"smallest_mask_on_a_batch": None, "steps": 9},
+        ],
+        "clean_references": [{"score": 0.3, "images": "digits", "source": "own"}],
+        "curves": {"loss/0": [1.0, 2.0], "loss/1": [3.0, 4.0], "size/0": [5.0, 6.0]},
+    }
+    record = {"job": "scan", "verdict": "inconclusive", "score": 0.25, "threshold": 0.1, "evidence": evidence}
+    assert reading.restart_scores(record) == [0.2]
+    assert reading.known_clean(record) == [("own, digits", 0.3)]
+    assert reading.curves(record) == {"loss": [[1.0, 2.0], [3.0, 4.0]], "size": [[5.0, 6.0]]}
+    assert reading.flagged_side(record) == "below"
+
+
+def test_intervals_and_probe_seeds_are_read_as_the_evaluation_writes_them() -> None:
+    interval = {"mean": 0.9, "low": 0.8, "high": 1.0, "per_seed": [0.85, 0.95]}
+    groups = reading.rate_groups({"acc": 0.9, "intervals": {"acc": interval}})
+    bar = groups["this encoder"]["ACC"]
+    assert (bar.value, bar.interval, bar.seeds) == (0.9, (0.8, 1.0), [0.85, 0.95])
+
+
+def test_a_profile_without_held_out_values_is_drawn_from_the_fitted_ones() -> None:
+    stages = [{"tap": "a", "train": 1.0, "held_out": None}, {"tap": "b", "train": None, "held_out": None}]
+    (profile,) = reading.profiles({"evidence": {"profile": {"measure": "mine", "stages": stages}}})
+    assert [stage.tap for stage in profile[1]] == ["a"]
+    assert profile_chart(*profile).startswith(b"<?xml")

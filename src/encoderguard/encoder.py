@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -211,7 +211,11 @@ class Encoder(nn.Module):
             EncoderError: not a bundle, a newer format, or keys and shapes that do not fit.
         """
         header, tensors = _read_bundle(path)
-        spec = EncoderSpec.model_validate(header["spec"])
+        try:
+            spec = EncoderSpec.model_validate(header.get("spec"))
+        except ValidationError as error:
+            fault = error.errors()[0]["msg"]
+            raise EncoderError(f"The specification in {path} is not valid: {fault}.") from None
         if spec.architecture.startswith("custom:") and backbone is None:
             raise EncoderError(
                 f"{path} holds the weights of a wrapped module ({spec.architecture}); "
@@ -268,7 +272,10 @@ def _read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise EncoderError(f"{path} is not a readable safetensors file: {error}.") from None
-    header = json.loads(metadata.get("encoderguard", "{}"))
+    try:
+        header = dict(json.loads(metadata.get("encoderguard", "{}")))
+    except (ValueError, TypeError):
+        header = {}
     if header.get("format") != _FORMAT:
         raise EncoderError(
             f"{path} is not an EncoderGuard bundle of format {_FORMAT} (found {header.get('format')}); "

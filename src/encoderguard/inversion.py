@@ -5,6 +5,7 @@ engine looks for the smallest mask that meets it. The search runs in low precisi
 a verdict from a candidate measures it again in float32 (``Candidate.trigger`` is a plain ``MaskedPattern``).
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class LambdaRule:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPlan:
-    """What the engine needs besides encoder, images and objective. An epoch is ``N // batch_size`` steps."""
+    """What the engine needs besides encoder, images and objective."""
 
     goal: float
     """A step succeeds when its loss is below this."""
@@ -59,16 +60,18 @@ class SearchPlan:
     """(first step, learning rate), ascending."""
     betas: tuple[float, float] = (0.5, 0.9)
     penalty: LambdaRule = field(default_factory=LambdaRule)
+    round_steps: int | None = None
+    """Steps between two looks at stop rule and rungs; None is one pass over the images."""
     stale_steps: int = 10
-    """A restart converges at the end of an epoch whose mean loss is below ``goal`` after more steps than this
+    """A restart converges at the end of a round whose mean loss is below ``goal`` after more steps than this
     without improvement."""
     least_gain: float = 0.0
     """Relative decrease of the smallest mask that counts as an improvement for ``stale_steps``."""
     rungs: tuple[int, ...] = ()
     """Steps after which the worse half of the running restarts is dropped (successive halving)."""
-    keep: int = 12
+    keep: int = 32
     """Candidates kept per restart."""
-    spacing: float = 0.98
+    spacing: float = 0.95
     """Neighbouring kept candidates differ by this factor in size, so that a failed one has a larger one to fall
     back to."""
 
@@ -93,7 +96,7 @@ class Inversion:
     steps: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
     history: History
-    """Per epoch: mean loss and smallest successful mask of each restart (1.0 before the first success)."""
+    """Per round: mean loss and smallest successful mask of each restart (1.0 before the first success)."""
     image_passes: int
     """Images sent through the encoder, forward and backward."""
     folded: bool
@@ -233,7 +236,7 @@ class _Restarts:
         kept.insert(0, found)
         del kept[self.plan.keep :]
 
-    def end_epoch(self, number: int) -> None:
+    def end_round(self, number: int) -> None:
         """Apply the stop rule and the rungs; ``number`` steps are done."""
         before = number - len(self.losses[self.active[0]])
         for r in list(self.active):
@@ -275,11 +278,13 @@ def invert(
     fast, folded = fast_frozen(encoder, pixels[:8].float() / 255, run)
     state = _Restarts(plan, (pixels.shape[-2], pixels.shape[-1]), run)
     deadline = time.monotonic() + plan.seconds if plan.seconds is not None else float("inf")
-    for number, (batch, last) in zip(range(plan.max_steps), _batches(pixels, plan, run), strict=False):
+    batch_size = min(plan.batch_size, len(pixels))
+    rounds = plan.round_steps or len(pixels) // batch_size
+    for number, batch in zip(range(plan.max_steps), _batches(pixels, batch_size, run), strict=False):
         run.check_stop()
         state.step(number, batch, fast, objective, run)
-        if last:
-            state.end_epoch(number + 1)
+        if (number + 1) % rounds == 0:
+            state.end_round(number + 1)
             best = min(map(state.smallest, range(plan.restarts)))
             run.progress("invert", number + 1, plan.max_steps, f"mask {best:.4f}, {len(state.active)} running")
         if not state.active or time.monotonic() > deadline:
@@ -294,15 +299,12 @@ def invert(
     )
 
 
-def _batches(pixels: Tensor, plan: SearchPlan, run: Run) -> Iterator[tuple[Tensor, bool]]:
-    """Endless float batches in a new order each epoch, with a flag on the last one of an epoch."""
-    size = min(plan.batch_size, len(pixels))
-    per_epoch, epoch = len(pixels) // size, 0
-    while True:
+def _batches(pixels: Tensor, size: int, run: Run) -> Iterator[Tensor]:
+    """Endless full float batches, in a new order each pass over the images."""
+    for epoch in itertools.count():
         order = run.rng.permutation(len(pixels), "order", epoch).to(pixels.device)
-        for i in range(per_epoch):
-            yield pixels[order[i * size : (i + 1) * size]].float() / 255, i + 1 == per_epoch
-        epoch += 1
+        for part in order[: len(order) // size * size].split(size):
+            yield pixels[part].float() / 255
 
 
 def _logit(uniform: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def load_encoder(
     changes = _overrides(mean, std, input_size, normalisation)
     source, _, rest = spec.partition(":")
     family, _, suffix = source.partition("-")
-    if source in ("timm", "torchvision"):
+    if rest and source in ("timm", "torchvision"):
         encoder = _load_named(source, rest, weights=weights, download=download)
     elif rest and (family in RESNETS or family == "badencoder"):
         changes = _overrides(None, None, None, suffix or None) | changes
@@ -148,9 +148,8 @@ def _overrides(
     changes: dict[str, Any] = {}
     if normalisation is not None:
         if normalisation not in NORMALISATIONS:
-            raise EncoderError(
-                f"Unknown normalisation '{normalisation}'; expected {', '.join(NORMALISATIONS)}."
-            )
+            known = ", ".join(NORMALISATIONS)
+            raise EncoderError(f"Unknown normalisation '{normalisation}'; expected {known}.")
         changes["mean"], changes["std"] = NORMALISATIONS[normalisation]
     changes |= {key: tuple(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
     if input_size is not None:

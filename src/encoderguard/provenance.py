@@ -20,7 +20,8 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("encoderguard", *_PACKAGES):
         try:
-            found[name] = importlib.metadata.version(name)
+            # A loaded module also tells how it was built, as in 2.11.0+cu130.
+            found[name] = str(getattr(sys.modules.get(name), "__version__", importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

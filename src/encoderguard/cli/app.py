@@ -1,8 +1,6 @@
 """The commands put together, and the entry point."""
 
-import importlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +8,8 @@ from typing import Annotated
 import typer
 
 from encoderguard.cli import commands
-from encoderguard.cli.running import STOPPED, default_folder, guarded, say
-from encoderguard.results import to_json
+from encoderguard.cli.running import STOPPED, guarded, say
+from encoderguard.cli.story import demo
 
 __all__ = ["app", "main"]
 
@@ -24,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for job in (commands.pretrain, commands.attack, commands.scan, commands.purify, commands.evaluate):
+for job in (commands.pretrain, commands.attack, commands.scan, commands.purify, commands.evaluate, demo):
     app.command()(job)
 
 
@@ -57,43 +55,6 @@ def list_methods(
         return 0
 
     return guarded(show)
-
-
-@app.command()
-def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="a new one in runs/")
-    ] = None,
-    images: Annotated[str, typer.Option(help="Images for every step.")] = "digits",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of the whole story.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
-    recipe: Annotated[str, typer.Option(help="Sizes and lengths of all steps.")] = "digits",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the record.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
-) -> int:
-    """Tell the whole story: train, backdoor, scan, purify, evaluate."""
-
-    def tell() -> int:
-        import contextlib
-
-        from encoderguard.progress import ProgressBars
-
-        run_demo = importlib.import_module("encoderguard.demo").run_demo
-        folder = out or default_folder("demo", resume=False)
-        with ProgressBars() as bars, contextlib.redirect_stdout(sys.stderr):
-            record = run_demo(
-                out=folder, images=images, seeds=seeds, seed=seed, recipe=recipe, device=device, progress=bars
-            )
-        if as_json:
-            sys.stdout.write(to_json(record))
-        else:
-            from encoderguard.cli.wording import describe
-
-            print(describe(record))
-        return 0
-
-    return guarded(tell, debug=debug)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

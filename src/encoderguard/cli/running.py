@@ -55,14 +55,27 @@ def _explained(error: Exception) -> tuple[int, str]:
 
 
 def default_folder(name: str, *, resume: bool) -> Path:
-    """``runs/NAME``, or ``runs/NAME-2`` and so on: the first new one, or the last one to resume."""
+    """``runs/NAME``, else ``runs/NAME-2`` and so on: a new folder, or to resume the last unfinished one."""
     number, path, last = 1, Path("runs") / name, Path("runs") / name
     while path.exists():
-        if list(path.glob("checkpoint*.pt")):
-            last = path
+        last = path if _unfinished(path) or _interrupted(path) else last
         number += 1
         path = Path("runs") / f"{name}-{number}"
     return last if resume else path
+
+
+def _unfinished(folder: Path) -> bool:
+    """Whether a stopped run, or a step of one, kept its state there."""
+    return any(folder.rglob("resume.json"))
+
+
+def _interrupted(folder: Path) -> bool:
+    from encoderguard.results import read_record
+
+    try:
+        return read_record(folder).status == "interrupted"
+    except EncoderGuardError:
+        return False
 
 
 @contextlib.contextmanager
@@ -115,6 +128,6 @@ def run_job(name: str, common: "Common", work: Callable[..., T], *, resume: bool
         with _warnings_shown(), stop.listening(), bars, contextlib.redirect_stdout(sys.stderr):
             return work(**options)
     except KeyboardInterrupt:
-        if list(out.glob("checkpoint*.pt")):
+        if _unfinished(out) or (name == "demo" and _interrupted(out)):
             say(f"To continue, give the same command with --out {out} --resume.")
         raise

@@ -1,7 +1,6 @@
 """DECREE: an encoder is suspect if a small trigger makes all images look alike to it."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, final
 
@@ -21,6 +20,7 @@ from encoderguard.similarity import mean_pairwise_cosine, standardise
 
 __all__ = ["Decree"]
 
+_PRESCREEN, _SLACK = 128, 0.002
 _LARGE = 64
 """Sides above this use the authors' long schedule (theirs is 224 px)."""
 
@@ -130,12 +130,16 @@ class Decree(Detector):
     ) -> tuple[Candidate | None, float | None, int]:
         """The smallest tried candidate that holds in float32 on all images, its mean cosine, and how many were tried."""
         queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)
-        for tried, candidate in enumerate(_widening(queue), start=1):
-            features = extract(encoder, images, run=exact, trigger=candidate.trigger)
-            value = float(cosine(features.to(exact.device)))
-            if value > self.beta:
+        few = images.subset(range(min(_PRESCREEN, len(images))))
+        for tried, candidate in enumerate(queue, start=1):
+            for part in (few, images):  # most failures show on a few images already
+                features = extract(encoder, part, run=exact, trigger=candidate.trigger)
+                value = float(cosine(features.to(exact.device)))
+                if value <= self.beta - (_SLACK if part is few else 0):
+                    break
+            else:
                 return candidate, value, tried
-        return None, None, len(list(_widening(queue)))
+        return None, None, len(queue)
 
     def _judge(self, score: float, table: list[float], succeeded: bool) -> Judgement:
         if not self.calibrated:
@@ -170,14 +174,6 @@ def _negative(cosine: _Cosine) -> Objective:
 
 def _shortened(plan: SearchPlan, large: bool) -> SearchPlan:
     return plan
-
-
-def _widening(queue: list[Candidate]) -> Iterator[Candidate]:
-    """Positions 0, 1, 3, 7, ...: neighbours fail together, so the steps grow."""
-    place = 0
-    while place < len(queue):
-        yield queue[place]
-        place = 2 * place + 1
 
 
 def _search_evidence(found: Inversion) -> dict[str, Any]:

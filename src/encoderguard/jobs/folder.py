@@ -32,7 +32,11 @@ class RunFolder:
         self._check_free(overwrite)
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._stored: list[Path] = []
-        prepare_folder(path)
+        try:
+            prepare_folder(path)
+        except EncoderGuardError:
+            self._remove_made()
+            raise
 
     @property
     def checkpoint(self) -> Path:
@@ -81,13 +85,11 @@ class RunFolder:
 
     def fail(self, record: Record) -> None:
         """Remove what a failed run stored and leave its record, if the disk lets us."""
-        for path in self._stored:
-            path.unlink(missing_ok=True)
         with contextlib.suppress(EncoderGuardError, OSError):  # the first error is the one to report
             self._clear()
-            write_record(record, self.path)
             if not self.checkpoints():
                 (self.path / _IDENTITY).unlink(missing_ok=True)
+            write_record(record, self.path)
 
     def abandon(self) -> None:
         """Leave no trace of a run that could not start."""
@@ -95,7 +97,10 @@ class RunFolder:
             path.unlink(missing_ok=True)
         if not self.resume and not self.checkpoints():
             (self.path / _IDENTITY).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        with contextlib.suppress(OSError):  # they are not empty
             for folder in self._made:
                 folder.rmdir()
 
@@ -141,7 +146,7 @@ def _read_identity(file: Path) -> dict[str, Any]:
 
 
 def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in sorted(set(before) | set(now)):
+    for key in dict.fromkeys([*now, *before]):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             _compare(folder, old, new)

@@ -151,12 +151,12 @@ class Job(Generic[R]):
         """
         self.run.check_stop()
         if self.folder is not None:
-            same = {key: self.facts.get(key) for key in ("method", "settings")}
-            source = self.facts.get("encoder")
-            images = self.facts.get("images")
-            same |= {
+            source, images = self.facts.get("encoder"), self.facts.get("images")
+            same = {
                 "job": self._kind.model_fields["job"].default,
+                "method": self.facts.get("method"),
                 "seed": self.run.rng.seed,
+                "settings": self.facts.get("settings"),
                 "precision": precision_of(self.run),
                 "encoder": None if source is None else source.fingerprint,
                 "images": None if images is None else images.digest,

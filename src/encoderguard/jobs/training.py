@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -75,14 +76,14 @@ def pretrain(
     with Job(PretrainRecord, options) as job:
         chosen: Pretraining = job.method("pretrain", method, settings)
         if encoder is None:
-            encoder = Encoder.build(
-                spec_for(architecture, width=width, stem=stem), job.run.rng.child("encoder")
-            )
+            named = options.get("normalisation")
+            spec = spec_for(architecture, width=width, stem=stem, normalisation=named)
+            encoder = Encoder.build(spec, job.run.rng.child("encoder"))
         job.encoder(encoder)
         used, _ = job.draw(job.images(images), count)
         job.begin()
         with job.timing() as run:
-            done = chosen.train(encoder, used, run=run)
+            done = chosen.train(encoder, used, run=replace(run, rng=run.rng.child("pretrain")))
         job.check(done.encoder, used)
         arrays = examples(used) | embeddings({"embedding": done.encoder}, used, run=run)
         job.output(ENCODER, partial(done.encoder.save, provenance=job.provenance()))

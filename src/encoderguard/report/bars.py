@@ -26,7 +26,7 @@ class Stage:
     """Dependence of one stage on the final features, its error bar and its shuffle null."""
 
     tap: str
-    held_out: float
+    held_out: float | None
     spread: float = 0.0
     train: float | None = None
     null: float | None = None
@@ -130,23 +130,21 @@ def _draw_null(axes: Axes, taps: Sequence[str], stages: Sequence[Stage]) -> None
 def _draw_profile(
     axes: Axes, taps: Sequence[str], stages: Sequence[Stage], label: str, colour: str, shift: float
 ) -> None:
-    if not stages:
-        return
-    places = [taps.index(stage.tap) + shift for stage in stages]
-    axes.errorbar(
-        places,
-        [stage.held_out for stage in stages],
-        yerr=[stage.spread for stage in stages],
-        color=colour,
-        marker="o",
-        markersize=5.5,
-        linewidth=1.8,
-        capsize=3,
-        label=label,
-    )
-    fitted = [
-        (place, stage.train) for place, stage in zip(places, stages, strict=True) if stage.train is not None
-    ]
+    known = [(taps.index(s.tap) + shift, s.held_out, s.spread) for s in stages if s.held_out is not None]
+    if known:
+        places, values, spreads = zip(*known, strict=True)
+        axes.errorbar(
+            places,
+            values,
+            yerr=spreads,
+            color=colour,
+            marker="o",
+            markersize=5.5,
+            linewidth=1.8,
+            capsize=3,
+            label=label,
+        )
+    fitted = [(taps.index(s.tap) + shift, s.train) for s in stages if s.train is not None]
     if fitted:
         axes.plot(
             *zip(*fitted, strict=True),

@@ -96,8 +96,17 @@ def to_svg(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def score_chart(rows: Sequence[Row], threshold: float | None, flagged: str | None, name: str) -> bytes:
-    """Scores on one axis; ``flagged`` ("below" or "above") says which side of the threshold is shaded."""
+def score_chart(
+    rows: Sequence[Row], threshold: float | None, flagged: str | None, clean_from: float | None = None
+) -> bytes:
+    """Scores on one axis.
+
+    Args:
+        rows: from top to bottom.
+        threshold: drawn as a dashed line.
+        flagged: the side of the threshold that is shaded, "below" or "above"; None shades neither.
+        clean_from: from the threshold to here a score carries no verdict; shaded in grey.
+    """
     with styled():
         figure = Figure(figsize=(5.2, 0.85 + 0.4 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
@@ -114,7 +123,7 @@ def score_chart(rows: Sequence[Row], threshold: float | None, flagged: str | Non
                 **marker,
             )
         everything = [score for row in rows for score in row.scores]
-        everything += [] if threshold is None else [threshold]
+        everything += [edge for edge in (threshold, clean_from) if edge is not None]
         low, high = min([0.0, *everything]), max([0.0, *everything])
         margin = 0.06 * (high - low) or 1.0
         axes.set_xlim(low - margin, high + margin)
@@ -123,9 +132,11 @@ def score_chart(rows: Sequence[Row], threshold: float | None, flagged: str | Non
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        axes.set_xlabel(plain(name, 60))
+        axes.set_xlabel("score")
         if threshold is not None:
             _draw_threshold(axes, threshold, flagged)
+        if threshold is not None and clean_from is not None:
+            axes.axvspan(threshold, clean_from, color=COLOURS["pale"], alpha=0.25, linewidth=0)
         return to_svg(figure)
 
 

@@ -21,6 +21,17 @@ from encoderguard.storage import write_text
 
 __all__ = ["read_arrays", "read_record", "render", "write_report"]
 
+_PARTS = {
+    "encoder": "encoder",
+    "clean_encoder": "clean encoder",
+    "result_encoder": "resulting encoder",
+    "images": "images",
+    "test_images": "test images",
+    "downstream": "downstream images",
+    "outputs": "file",
+    "versions": "version",
+    "nonfinite": "not finite",
+}
 _FINISHED = {"", "ok", "done", "complete", "completed", "finished", "success"}
 
 
@@ -64,7 +75,11 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         "created": text(record.get("created")),
         "seed": text(record.get("seed")),
         "device": text(record.get("device")),
+        "device name": text(record.get("device_name")),
         "precision": text(record.get("precision")),
+        "processor": text(record.get("cpu")),
+        "threads": text(record.get("threads")),
+        "platform": text(record.get("platform")),
         "time": "" if seconds is None else duration(seconds),
         "peak memory": "" if memory is None else size(memory),
         "commit": text(record.get("commit")) + (" with local changes" if record.get("dirty") is True else ""),
@@ -73,9 +88,9 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if isinstance(command, list):
         told["run"] = " ".join(map(text, command))
     rows = _rows(told)
-    rows += _rows(mapping(record.get("encoder")), "encoder: ")
-    rows += _rows(mapping(record.get("images")), "images: ")
-    return rows + _rows(mapping(record.get("versions")), "version: ")
+    for key, name in _PARTS.items():
+        rows += _rows(mapping(record.get(key)), f"{name}: ")
+    return rows
 
 
 def _settings(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -97,10 +112,11 @@ def render(record: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
         The page; styles and pictures are inside it, everything from the record is escaped.
     """
     job = text(record.get("job")) or "run"
+    method = method_name(record) + (" probe" if job == "evaluate" and record.get("method") else "")
     error, status = text(record.get("error")), text(record.get("status"))
     stopped = "" if status.lower() in _FINISHED else f"This run did not finish: status “{status}”."
     return _template().render(
-        title=" with ".join(filter(None, [job[:1].upper() + job[1:], method_name(record)])),
+        title=" with ".join(filter(None, [job[:1].upper() + job[1:], method])),
         facts=_facts(record),
         problem=error or stopped,
         warnings=[text(item) for item in sequence(record.get("warnings"))],

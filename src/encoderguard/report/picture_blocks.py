@@ -78,7 +78,7 @@ def maps(record: Record, arrays: Arrays) -> list[Block]:
         amounts = [(clean, "clean image"), (triggered, "triggered image")]
         words = " and ".join(count(len(rows), noun) for rows, noun in amounts if rows is not None)
         panels.append(chart(map_chart(clean, triggered), f"Map of {words}, {title}", title))
-    caption = "Two-dimensional projections of the features, each with its own axes."
+    caption = "The features, projected onto two axes."
     if any(triggered is not None for _, _, triggered in found):
         caption += (
             " A backdoor shows as triggered images that collapse into one spot away from their clean copies."

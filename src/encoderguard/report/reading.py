@@ -20,11 +20,13 @@ __all__ = [
     "curves",
     "embedding_maps",
     "flagged_side",
+    "known_clean",
     "lookup",
     "method_name",
     "named_scores",
     "profiles",
     "rate_groups",
+    "restart_scores",
 ]
 
 Profile = tuple[str, list[Stage], list[Stage]]
@@ -44,6 +46,11 @@ _MAPS = {
     "embedding_before": "before",
     "embedding_after": "after",
     **{f"embedding_{name}": name for name in ENCODERS},
+}
+_MEASURES = {
+    "mine": "MINE (nats)",
+    "cka": "debiased linear CKA",
+    "gaussian": "Gaussian information (nats)",
 }
 _STATISTICS = {
     "count",
@@ -81,9 +88,29 @@ def flagged_side(record: Mapping[str, Any]) -> str | None:
         return str(side)
     score, threshold = number(record.get("score")), number(record.get("threshold"))
     verdict = record.get("verdict")
-    if score is None or threshold is None or score == threshold or verdict not in ("backdoored", "clean"):
+    if threshold is None:
         return None
+    if score is None or score == threshold or verdict not in ("backdoored", "clean"):
+        known = [score > threshold for _, score in known_clean(record)]
+        return None if not known or any(known) != all(known) else "below" if all(known) else "above"
     return "below" if (score < threshold) == (verdict == "backdoored") else "above"
+
+
+def known_clean(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Names and scores of the clean encoders that the verdict was compared with."""
+    entries = lookup(record, "reference") or lookup(record, "clean_references")
+    return named_scores(entries)
+
+
+def restart_scores(record: Mapping[str, Any]) -> list[float]:
+    """One score per restart that found something."""
+    entries = sequence(lookup(record, "restarts"))
+    own = ("score", "smallest_mask_on_a_batch")
+    found = [
+        number(e) if not isinstance(e, dict) else next((number(e[k]) for k in own if k in e), None)
+        for e in entries
+    ]
+    return [score for score in found if score is not None]
 
 
 def named_scores(value: object, name: str = "") -> list[tuple[str, float]]:
@@ -99,7 +126,8 @@ def named_scores(value: object, name: str = "") -> list[tuple[str, float]]:
     if "scores" in entries:
         return named_scores(entries["scores"])
     if "score" in entries:
-        return named_scores(entries["score"], text(entries.get("name") or entries.get("encoder") or name))
+        parts = [text(entries.get(key)) for key in ("name", "encoder", "source", "images")]
+        return named_scores(entries["score"], ", ".join(filter(None, parts)) or name)
     kept = [
         (key, item) for key, item in entries.items() if key not in _STATISTICS and not isinstance(item, bool)
     ]
@@ -107,29 +135,33 @@ def named_scores(value: object, name: str = "") -> list[tuple[str, float]]:
 
 
 def curves(record: Mapping[str, Any]) -> dict[str, list[list[float]]]:
-    """Training curves by name; each is one line, or several (restarts, runs) of two points or more."""
-    history = lookup(record, "history")
+    """Training curves by name, each of one or several lines of two points or more.
+
+    Several lines come from a list of lists, or from names such as ``loss/0`` and ``loss/1``.
+    """
+    history = lookup(record, "history") or lookup(record, "curves")
     if isinstance(history, list):
         steps = [mapping(step) for step in history]
         names = list(dict.fromkeys(name for step in steps for name in step))
         history = {name: [step.get(name) for step in steps] for name in names}
-    found = {}
+    found: dict[str, list[list[float]]] = {}
     for name, values in mapping(history).items():
         nested = [numbers(line) for line in sequence(values) if isinstance(line, list | tuple)]
         lines = [line for line in [*nested, numbers(values)] if len(line) > 1]
         if lines:
-            found[name] = lines
+            stem, _, restart = name.rpartition("/")
+            found.setdefault(stem if restart.isdigit() else name, []).extend(lines)
     return found
 
 
 def _bar(source: Mapping[str, Any], key: str) -> Bar | None:
-    seeds = numbers(source.get(f"{key}_seeds"))
+    ends = mapping(source.get("intervals")).get(key)
+    seeds = numbers(source.get(f"{key}_seeds")) or numbers(mapping(ends).get("per_seed"))
     value = number(source.get(key))
     if value is None:
         if not seeds:
             return None
         value = sum(seeds) / len(seeds)
-    ends = mapping(source.get("intervals")).get(key)
     if isinstance(ends, dict):
         ends = [ends.get("low"), ends.get("high")]
     interval = numbers(ends)
@@ -151,14 +183,14 @@ def rate_groups(record: Mapping[str, Any]) -> dict[str, dict[str, Bar]]:
 def _stages(value: object) -> list[Stage]:
     stages = []
     for place, item in enumerate(map(mapping, sequence(mapping(value).get("stages"))), 1):
-        held_out = number(item.get("held_out"))
-        if held_out is not None:
+        held_out, train = number(item.get("held_out")), number(item.get("train"))
+        if held_out is not None or train is not None:
             stages.append(
                 Stage(
                     tap=text(item.get("tap")) or f"stage {place}",
                     held_out=held_out,
                     spread=abs(number(item.get("spread")) or 0.0),
-                    train=number(item.get("train")),
+                    train=train,
                     null=number(item.get("null")),
                     null_spread=abs(number(item.get("null_spread")) or 0.0),
                 )
@@ -173,7 +205,8 @@ def _by_measure(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, li
         for item in sequence(value) or [value]:
             stages = _stages(item)
             if stages:
-                found.setdefault(text(mapping(item).get("measure")) or "dependence", stages)
+                measure = text(mapping(item).get("measure")) or "dependence"
+                found.setdefault(_MEASURES.get(measure, measure), stages)
     return found
 
 

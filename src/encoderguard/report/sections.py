@@ -75,10 +75,10 @@ def _score_rows(record: Record) -> list[Row]:
     own = number(record.get("score"))
     if own is not None:
         rows.append(Row(name="this encoder", scores=[own], colour=COLOURS["backdoored"], strong=True))
-    restarts = [score for _, score in reading.named_scores(reading.lookup(record, "restarts"))]
+    restarts = reading.restart_scores(record)
     if restarts:
         rows.append(Row(name="its single restarts", scores=restarts, colour=COLOURS["neutral"]))
-    known = [score for _, score in reading.named_scores(reading.lookup(record, "reference"))]
+    known = [score for _, score in reading.known_clean(record)]
     if known:
         rows.append(Row(name="known clean encoders", scores=known, colour=COLOURS["clean"]))
     return rows
@@ -91,9 +91,11 @@ def _scores(record: Record, arrays: Arrays) -> list[Block]:
     parts = [record, *(mapping(record.get(name)) for name in reading.ENCODERS)]
     threshold = next((t for t in (number(part.get("threshold")) for part in parts) if t is not None), None)
     side = next((s for s in map(reading.flagged_side, parts) if s), None)
-    svg = score_chart(rows, threshold, side, "score")
-    known = reading.named_scores(reading.lookup(record, "reference"))
+    known, clean_from = reading.known_clean(record), number(reading.lookup(record, "clean_from"))
+    svg = score_chart(rows, threshold, side, clean_from)
     caption = "The shaded side of the threshold is flagged. " if side and threshold is not None else ""
+    if clean_from is not None and threshold is not None and clean_from != threshold:
+        caption += f"Between it and {short(clean_from)}, in grey, a score carries no verdict. "
     if not known and record.get("job") == "scan":
         caption += "The record holds no known clean encoder to compare with, so the margin cannot be judged."
     blocks: list[Block] = [Gallery(pictures=[chart(svg, "Scores against the threshold")], caption=caption)]
@@ -135,11 +137,15 @@ def _fidelity(record: Record, arrays: Arrays) -> list[Block]:
         "cka": "linear CKA",
         "neighbour_overlap": "share of nearest neighbours kept",
     }
-    values = {key: number(item) for key, item in mapping(reading.lookup(record, "fidelity")).items()}
+    told = mapping(reading.lookup(record, "fidelity"))
+    amount = number(told.pop("n", None))
+    on = text(told.pop("source", None)) or "clean images"
+    values = {key: number(item) for key, item in told.items()}
     rows = [[names.get(key, key), short(item)] for key, item in values.items() if item is not None]
-    return (
-        [Table(rows=rows, caption="On clean images, without labels; 1 is perfect agreement.")] if rows else []
+    caption = (
+        f"On {on}{'' if amount is None else f' ({int(amount):,})'}, without labels; 1 is perfect agreement."
     )
+    return [Table(rows=rows, caption=caption)] if rows else []
 
 
 def _curves(record: Record, arrays: Arrays) -> list[Block]:
@@ -168,20 +174,19 @@ def _runs(record: Record, arrays: Arrays) -> list[Block]:
     return [Table(header=header, rows=rows)] if rows and header else []
 
 
-def _flat(run: Mapping[str, Any]) -> dict[str, str]:
-    """Scalars of a run, one level deep: ``{"clean": {"acc": .9}}`` becomes ``clean acc``."""
+def _flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Single values, also those one level down: ``{"clean": {"acc": .9}}`` becomes ``clean acc``."""
     found: dict[str, str] = {}
-    for key, item in run.items():
+    for key, item in values.items():
         nested = {f"{key} {inner}": value for inner, value in mapping(item).items()} or {key: item}
         found |= {name: text(value) for name, value in nested.items() if isinstance(value, str | int | float)}
     return found
 
 
 def _evidence(record: Record, arrays: Arrays) -> list[Block]:
-    scalars = mapping(record.get("evidence")) | {
-        key: record[key] for key in ("trigger", "target", "recipe", "seeds") if record.get(key) is not None
-    }
-    rows = [[key, text(item)] for key, item in scalars.items() if isinstance(item, str | int | float)]
-    nested = [[key, text(item)] for key, item in scalars.items() if key in ("trigger", "recipe", "seeds")]
-    rows += [row for row in nested if row not in rows]
+    """Single values of the evidence, and what a demo or an attack was set up with."""
+    values = mapping(record.get("evidence"))
+    for key in ("target", "target_name", "trigger", "recipe"):
+        values |= {key: record[key]} if record.get(key) is not None else {}
+    rows = [[key, value] for key, value in _flat(values).items() if value and key != "reason"]
     return [Table(rows=rows)] if rows else []

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from encoderguard.report.reading import lookup, method_name, rate_groups
+from encoderguard.report.reading import ENCODERS, lookup, method_name, rate_groups
 from encoderguard.report.values import count, mapping, number, percent, points, sequence, short, text
 
 __all__ = ["Banner", "banner", "not_tested", "summary", "tested"]
@@ -32,6 +32,7 @@ class Banner:
     title: str
     score: str
     meaning: str
+    reason: str
 
 
 def banner(record: Mapping[str, Any]) -> Banner | None:
@@ -50,6 +51,7 @@ def banner(record: Mapping[str, Any]) -> Banner | None:
         title=_TITLES[verdict],
         score=f"{who}: {line}" if who and line else line or who,
         meaning=_MEANINGS[verdict],
+        reason=text(lookup(record, "reason")),
     )
 
 
@@ -111,8 +113,8 @@ def _verdict_sentence(record: Mapping[str, Any], encoder: str) -> str:
 
 
 def _demo(record: Mapping[str, Any]) -> list[str]:
-    verdicts = [s for s in (_verdict_sentence(record, name) for name in ("clean", "backdoored")) if s]
-    scan = " and ".join(verdicts)
+    verdicts = [s for s in (_verdict_sentence(record, name) for name in ENCODERS) if s]
+    scan = ", ".join(verdicts)
     before, after = _rate(record, "backdoored", "ASR"), _rate(record, "purified", "ASR")
     clean = _rate(record, "clean", "ASR")
     acc, acc_after = _rate(record, "backdoored", "ACC"), _rate(record, "purified", "ACC")

@@ -204,7 +204,7 @@ class EvaluateRecord(Record):
 
 
 class DemoRecord(Record):
-    """The main job told once per seed. Per encoder: means over the seeds, and ``NAME_seeds`` with the single values."""
+    """The main job told once per seed. Per encoder: means over seeds, ``NAME_seeds`` the single values."""
 
     job: Literal["demo"] = "demo"
     clean: Values = {}

@@ -1,0 +1,116 @@
+"""What every registered method must do, whatever it is."""
+
+import json
+
+import pytest
+import torch
+
+from encoderguard.encoder import Encoder, EncoderSpec
+from encoderguard.errors import SettingError
+from encoderguard.images import ImageSet
+from encoderguard.methods import Defense, Detection, Detector, EncoderAttack, Pretraining, Reference
+from encoderguard.random import Rng
+from encoderguard.registry import FAMILIES, Family, Method, create, method_class, method_names, setting_docs
+from encoderguard.run import Run
+
+ALL = [(family, name) for family in FAMILIES for name in method_names(family)]
+SHORT: dict[str, dict[str, object]] = {
+    "simclr": {"epochs": 1, "batch_size": 8},
+    "badencoder": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
+    "decree": {"max_steps": 6, "batch_size": 8},
+    "mimic": {"epochs": 1, "batch_size": 8},
+}
+"""Settings that keep a method short; a new method adds its own."""
+
+
+def encoder() -> Encoder:
+    return Encoder.build(EncoderSpec(architecture="encoderguard:resnet18", width=2), Rng(0)).eval()
+
+
+def images() -> ImageSet:
+    pixels = torch.randint(0, 256, (32, 3, 8, 8), generator=Rng(1).generator(), dtype=torch.uint8)
+    return ImageSet.from_arrays(pixels, name="noise")
+
+
+def outcome(method: Method, subject: Encoder, seed: int) -> Encoder | Detection:
+    run = Run(rng=Rng(seed))
+    if isinstance(method, Pretraining):
+        return method.train(subject, images(), run=run).encoder
+    if isinstance(method, EncoderAttack):
+        return method.plant(subject, images(), [Reference(image=images().take([0])[0])], run=run).encoder
+    if isinstance(method, Defense):
+        return method.purify(subject, images(), run=run).encoder
+    assert isinstance(method, Detector)
+    return method.detect(subject, images(), run=run)
+
+
+def comparable(result: Encoder | Detection) -> object:
+    if isinstance(result, Encoder):
+        return result.fingerprint
+    return (result.verdict, result.score, result.threshold)
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_same_seed_same_result_and_nothing_else_changes(family: Family, name: str) -> None:
+    subject = encoder()
+    before, state = subject.fingerprint, torch.random.get_rng_state()
+    method = create(family, name, SHORT[name])
+    first = outcome(method, subject, 7)
+    assert subject.fingerprint == before
+    assert not subject.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert comparable(outcome(method, subject, 7)) == comparable(first)
+    if isinstance(first, Encoder):
+        assert not first.training
+        assert bool(first(torch.rand(2, 3, 8, 8)).isfinite().all())
+    else:
+        assert 0 <= first.score <= 1
+        json.dumps(first.evidence, allow_nan=False)
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_settings_are_documented_and_checked(family: Family, name: str) -> None:
+    method = create(family, name)
+    again = create(family, name, method.settings())
+    assert again == method
+    assert json.loads(json.dumps(method.settings())) == method.settings()
+    for setting in setting_docs(method_class(family, name)):
+        assert setting["doc"].endswith("."), f"{name}.{setting['name']} needs a docstring"
+    with pytest.raises(
+        SettingError, match=f"Unknown setting 'colour' of {family} '{name}'; expected one of: "
+    ):
+        create(family, name, {"colour": 1})
+
+
+def test_settings_come_as_text_from_the_command_line() -> None:
+    method = create(
+        "detector", "decree", {"restarts": "5", "tau": ".2", "calibrated": "false", "clean_scores": "[.1,.2]"}
+    )
+    assert (method.restarts, method.tau, method.calibrated, method.clean_scores) == (
+        5,
+        0.2,
+        False,
+        (0.1, 0.2),
+    )
+    with pytest.raises(
+        SettingError, match="Setting 'restarts' of detector 'decree' cannot be 'many': input should be"
+    ):
+        create("detector", "decree", {"restarts": "many"})
+    with pytest.raises(SettingError, match="Unknown detector 'oracle'; expected one of: decree"):
+        create("detector", "oracle")
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_a_defender_has_no_way_to_be_told_the_truth(family: Family, name: str) -> None:
+    import inspect
+
+    if family in ("detector", "defense"):
+        call = "detect" if family == "detector" else "purify"
+        assert set(inspect.signature(getattr(method_class(family, name), call)).parameters) == {
+            "self",
+            "encoder",
+            "images",
+            "run",
+        }
+        words = {setting["name"] for setting in setting_docs(method_class(family, name))}
+        assert not words & {"trigger", "target", "label", "labels", "backdoored", "is_backdoored"}
