@@ -1,8 +1,9 @@
 """DECREE verdicts: the package against a straightforward run of the authors' schedule, on the same encoders.
 
-The straightforward side follows the public code's behaviour: float32 encoder whose weights collect gradients, one
-restart after another, float64 trigger parameters, stamped *and* clean inputs normalised on every step. Both sides
-run in this process on the same images; the record holds wall and CPU seconds, the scores and the verdicts.
+The straightforward side behaves as the public code: a float32 encoder whose weights collect gradients, one
+restart after another, float64 trigger parameters, stamped *and* clean inputs normalised on every step. Both
+sides run in this process on the same images; the record holds wall and CPU seconds, scores and verdicts. CPU
+seconds are the ones to compare on a machine that does other work too.
 
     python benchmarks/decree_speed.py clean.safetensors backdoored.safetensors --images digits --count 1000
 """
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass
 class Straightforward:
-    """One restart after another; the smallest L1 norm of the mask at any step whose batch cosine exceeds .99."""
+    """One restart after another; the smallest mask at any step whose batch cosine exceeds .99."""
 
     encoder: Encoder
     images: ImageSet
@@ -49,7 +50,7 @@ class Straightforward:
         return [self._restart(self.rng.child(r)) for r in range(restarts)]
 
     def _restart(self, rng: Rng) -> float:
-        height, width = self.images.shape[-2:]
+        height, width = self.images.shape
         large = height > 64
         drops, patience, lowest = ((200, 500), 35, 1e-7) if large else ((30, 50), 10, 1e-5)
         generator = rng.generator("start")
@@ -61,8 +62,8 @@ class Straightforward:
             adam.param_groups[0]["lr"] = 0.5 if epoch < drops[0] else 0.1 if epoch < drops[1] else 0.05
             order, seen = rng.permutation(len(self.images), "order", epoch), []
             size = min(self.batch_size, len(self.images))
-            for part in order[: len(order) // size * size].split(size):
-                cosine, norm = self._step(adam, mask, pattern, part, weight)
+            for first in range(0, len(order) - size + 1, size):
+                cosine, norm = self._step(adam, mask, pattern, order[first : first + size], weight)
                 seen.append(cosine)
                 success, steps, stale = cosine > 0.99, steps + 1, stale + 1
                 if success and norm < best:
@@ -87,7 +88,9 @@ class Straightforward:
         m = (torch.tanh(mask) / (2 - 1e-7) + 0.5)[..., None].repeat(1, 1, 3)
         t = (torch.tanh(pattern) / (2 - 1e-7) + 0.5) * 255
         stamped = (1 - m) * clean + m * t
-        self.encoder.preprocess((clean / 255).permute(0, 3, 1, 2).float())  # transformed on every step, never used
+        self.encoder.preprocess(
+            (clean / 255).permute(0, 3, 1, 2).float()
+        )  # transformed on every step, never used
         z = F.normalize(self.encoder((stamped / 255).permute(0, 3, 1, 2).float()), dim=1)
         similarity = z @ z.T
         cosine = (similarity.sum() - similarity.trace()) / (len(z) * (len(z) - 1))
@@ -95,7 +98,7 @@ class Straightforward:
         adam.zero_grad()
         (-cosine + weight * norm).backward()  # type: ignore[no-untyped-call]
         adam.step()
-        return float(cosine), float(norm)
+        return float(cosine.detach()), float(norm.detach())
 
 
 def _parameter(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -118,7 +121,7 @@ def compare(path: Path, images: ImageSet, options: argparse.Namespace) -> dict[s
     detection, ours = timed(lambda: detector.detect(encoder, images, run=Run(rng=seeds.child("ours"))))
     plain = Straightforward(encoder.clone(), images, seeds.child("plain"), options.max_epochs)
     scores, theirs = timed(lambda: plain.scores(options.restarts))
-    side = max(images.shape[-2:])
+    side = max(images.shape)
     table = [entry.score for entry in known_clean(encoder.spec, side, "raw")]
     verdict = judge(min(scores), tau=detector.tau, margin=detector.margin, table=table).verdict
     return {
@@ -146,7 +149,9 @@ def compare(path: Path, images: ImageSet, options: argparse.Namespace) -> dict[s
 
 def main() -> None:
     """Measure, print one line per encoder, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("encoders", nargs="+", type=Path, help="encoder bundles")
     parser.add_argument("--images", default="digits", help="clean images, a specification as for the scan")
     parser.add_argument("--count", type=int, default=1000, help="images drawn from them")
@@ -166,7 +171,10 @@ def main() -> None:
             f"{row['straightforward']['score']:.4f} {row['straightforward']['verdict']}",
             flush=True,
         )
-    total = {k: sum(r["straightforward"][k] for r in rows) / sum(r["ours"][k] for r in rows) for k in ("wall_s", "cpu_s")}
+    total = {
+        k: sum(r["straightforward"][k] for r in rows) / sum(r["ours"][k] for r in rows)
+        for k in ("wall_s", "cpu_s")
+    }
     record = {
         "format": "encoderguard.benchmark/1",
         "benchmark": "decree_speed",
@@ -174,7 +182,11 @@ def main() -> None:
         "digest": images.digest,
         "count": len(images),
         "seed": options.seed,
-        "machine": {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {
+            "processor": platform.processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
         "low_precision": Run(rng=Rng(0)).low_precision,
         "ratio_wall": total["wall_s"],
         "ratio_cpu": total["cpu_s"],

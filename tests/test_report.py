@@ -92,12 +92,13 @@ def test_no_verdict_is_worded_as_safe(verdict: str) -> None:
 
 def test_the_demo_tells_the_story_in_words_and_pictures() -> None:
     maps = {f"embedding_{name}": np.eye(2) for name in ("clean", "backdoored", "purified")}
-    page = render(demo_record(), maps)
+    page = render(demo_record(), maps).replace("\u00a0", " ")
     assert "sends 99.0 % of the images of other classes" in page
     assert "3.0 % after purification" in page
     assert "from 96.0 % to 95.0 % (−1.0 points)" in page
     assert "means over 2 seeds" in page
     assert page.index("Before and after") < page.index("Map of the features") < page.index("Single runs")
+    assert '<th scope="row">1</th><td>clean</td><td>96.0 %</td>' in page
     assert page.count('alt="Map of 2 clean images') == 3
 
 
@@ -105,7 +106,7 @@ def test_a_purification_draws_the_profile_and_beta_from_its_evidence() -> None:
     evidence = {"profile": demo_record()["profile"], "beta": [0.2, 0.8]}
     record = {"job": "purify", "defense": "mimic", "evidence": evidence, "fidelity": {"cosine": 0.9}}
     page = render(record | {"history": {"loss": [3.0, 2.0, None]}}, {})
-    assert "mine of each stage with the final features" in page
+    assert "MINE (nats) of each stage with the final features" in page
     assert "Weight of each stage" in page
     assert "cosine 0.900" in page
     assert "Curve of loss" in page

@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,15 +24,17 @@ from encoderguard.results import (
 OLD = Path(__file__).parent / "data" / "record-scan-v1.json"
 
 
-@pytest.mark.parametrize("kind", RECORDS.values(), ids=RECORDS)
-def test_a_record_survives_json(kind: type[Record]) -> None:
+@pytest.mark.parametrize(("job", "kind"), RECORDS.items())
+def test_a_record_survives_json(job: str, kind: type[Record]) -> None:
     images = ImageFacts(spec="digits", name="digits", count=3, available=9, digest="d", height=8, width=8)
-    record = kind(seed=7, settings={"lr": 1e-3, "sizes": [1, 2], "none": None}, images=images, warnings=["w"])
+    record = kind(
+        job=job, seed=7, settings={"lr": 1e-3, "sizes": [1, 2], "none": None}, images=images, warnings=["w"]
+    )
     assert parse_record(to_json(record)) == record
 
 
 def test_numbers_that_are_no_numbers_become_null_and_are_named() -> None:
-    evidence = {"curve": [1.0, math.nan, (math.inf,)], "deep": {"low": -math.inf}}
+    evidence: Any = {"curve": [1.0, math.nan, (math.inf,)], "deep": {"low": -math.inf}}
     record = ScanRecord(score=math.nan, threshold=0.1, evidence=evidence)
     assert record.score is None
     assert record.evidence == {"curve": [1.0, None, [None]], "deep": {"low": None}}

@@ -1,8 +1,9 @@
 """What DECREE's score is on known clean encoders, and when a margin carries a verdict. Label-free.
 
-The paper's fixed threshold is close to what clean encoders reach (ResNet-18 at 32 px: .11-.13 against .1), so a score
-is judged against both. With m clean references the smallest rank p-value is 1 / (m + 1); few references cannot give
-significance, only a ratio, which is why a ratio decides and the p-value is reported beside it.
+The paper's fixed threshold, .1, is close to what clean encoders reach (ResNet-18 on CIFAR-10: .09-.13) or far
+above it (on digits: .02-.06), so a score is judged against clean references wherever there are any. With m
+references the smallest rank p-value is 1 / (m + 1): a few cannot give significance, only a ratio. So a ratio
+decides, and the p-value is reported beside it.
 """
 
 from collections.abc import Sequence
@@ -16,60 +17,68 @@ __all__ = ["CLEAN_SCORES", "CleanScore", "FeatureSpace", "Judgement", "judge", "
 
 FeatureSpace = Literal["raw", "standardised"]
 _CLOSE = 1.1
-"""A score at least ``min(clean) / 1.1`` counts as inside the clean encoders' own variation."""
+"""A score from ``min(clean) / 1.1`` on counts as inside the clean encoders' own variation."""
+_ALONE = 5.0
+"""Without any clean reference a score must undercut tau by this factor: clean encoders down to .02 are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanScore:
-    """DECREE's PL1 norm (mean of the mask, in [0, 1]) of one clean encoder, and where the number comes from."""
+    """DECREE's score (mean of the mask, in [0, 1]) of one clean encoder, and where it comes from."""
 
     architecture: str
     width: int
     stem: str
     image_size: int
+    """Side of the images in pixels."""
     score: float
     images: str
     source: str
     feature_space: FeatureSpace = "raw"
 
 
-def _resnet18(width: int, score: float, images: str, source: str) -> CleanScore:
-    return CleanScore(
-        architecture="encoderguard:resnet18",
-        width=width,
-        stem="cifar",
-        image_size=32,
-        score=score,
-        images=images,
-        source=source,
+def _resnet18(
+    width: int, images: str, source: str, *scores: float, space: FeatureSpace = "raw"
+) -> tuple[CleanScore, ...]:
+    return tuple(
+        CleanScore(
+            architecture="encoderguard:resnet18",
+            width=width,
+            stem="cifar",
+            image_size=32,
+            score=score,
+            images=images,
+            source=source,
+            feature_space=space,
+        )
+        for score in scores
     )
 
 
 _LOG = "third-party log of the authors' code"
-_TRIAL = "own trial"
+_TRIAL = "trial of the authors' schedule with other code"
+_OWN = "digits recipe, seeds 100-103: the fast schedule on 300 images"
 CLEAN_SCORES: tuple[CleanScore, ...] = (
-    _resnet18(64, 0.125, "cifar10", _LOG),
-    _resnet18(64, 0.127, "cifar10", _LOG),
-    _resnet18(64, 0.112, "stl10", _LOG),
-    _resnet18(16, 0.088, "cifar10", _TRIAL),
-    _resnet18(16, 0.090, "cifar10", _TRIAL),
-    _resnet18(8, 0.097, "digits", _TRIAL),
+    *_resnet18(64, "cifar10", _LOG, 0.125, 0.127),
+    *_resnet18(64, "stl10", _LOG, 0.112),
+    *_resnet18(16, "cifar10", _TRIAL, 0.088, 0.090),
+    *_resnet18(8, "digits", _TRIAL, 0.097),
+    *_resnet18(8, "digits", _OWN, 0.0546, 0.0342, 0.0303, 0.0493),
+    *_resnet18(8, "digits", _OWN, 0.0805, 0.0349, 0.0643, 0.0752, space="standardised"),
 )
 
 
 def known_clean(spec: EncoderSpec, image_size: int, feature_space: FeatureSpace) -> list[CleanScore]:
-    """The table's entries for this architecture, width, stem, image side in pixels and feature space."""
+    """The entries for this architecture, width, stem, image side in pixels and feature space."""
     key = (spec.architecture, spec.width, spec.stem, image_size, feature_space)
     return [
-        entry
-        for entry in CLEAN_SCORES
-        if (entry.architecture, entry.width, entry.stem, entry.image_size, entry.feature_space) == key
+        e for e in CLEAN_SCORES if (e.architecture, e.width, e.stem, e.image_size, e.feature_space) == key
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """A verdict with the bounds that gave it: ``backdoored`` below ``threshold``, ``clean`` from ``clean_from`` on."""
+    """A verdict and its bounds: ``backdoored`` below ``threshold``, ``clean`` from ``clean_from`` on."""
 
     verdict: Verdict
     threshold: float
@@ -80,24 +89,25 @@ class Judgement:
 def judge(
     score: float, *, tau: float, margin: float, own: Sequence[float] = (), table: Sequence[float] = ()
 ) -> Judgement:
-    """Judge a score for which small means suspicious; scores between the two bounds are inconclusive.
+    """Judge a score for which small means suspicious; between the two bounds it is inconclusive.
 
     ===================  ==============================  ============================
     references           backdoored below                clean from
     ===================  ==============================  ============================
     own clean encoders   min(own) / margin               min(own)
     published ones       min(tau, min(table) / margin)   max(tau, min(table) / 1.1)
-    none                 tau / margin                    tau * margin
+    none                 tau / 5                         tau * margin
     ===================  ==============================  ============================
 
-    Own references, measured with the same settings and images, replace tau; published ones only tighten it.
+    Own references, measured with the same settings and images, replace tau; published ones, made under other
+    conditions, only tighten it.
 
     Args:
         score: in [0, 1].
         tau: the paper's fixed threshold.
-        margin: by which factor a score must undercut the clean references (or tau); at least 1.
+        margin: by which factor a score must undercut the smallest clean reference; at least 1.
         own: scores of clean encoders that the user measured.
-        table: scores of clean encoders of this architecture from ``known_clean``.
+        table: scores of clean encoders of this architecture, from ``known_clean``.
     """
     if own:
         low, high = min(own) / margin, min(own)
@@ -106,21 +116,18 @@ def judge(
         low, high = min(tau, min(table) / margin), max(tau, min(table) / _CLOSE)
         basis = f"tau {tau:g} and {len(table)} known clean encoders from {min(table):.3f} to {max(table):.3f}"
     else:
-        low, high = tau / margin, tau * margin
-        basis = f"tau {tau:g} alone; no clean encoder of this architecture is known"
+        low, high = tau / max(_ALONE, margin), tau * margin
+        basis = f"tau {tau:g} alone: no clean encoder of this architecture is known"
     verdict: Verdict = "backdoored" if score < low else "clean" if score >= high else "inconclusive"
-    place = {"backdoored": "below", "clean": "above", "inconclusive": "between"}[verdict]
-    bounds = f"{low:.3f} and {high:.3f}" if verdict == "inconclusive" else f"{low if verdict == 'backdoored' else high:.3f}"
-    return Judgement(
-        verdict=verdict,
-        threshold=low,
-        clean_from=high,
-        reason=f"score {score:.4f} is {place} {bounds} ({basis})",
+    place = {"backdoored": f"below {low:.3f}", "clean": f"not below {high:.3f}"}.get(
+        verdict, f"between {low:.3f} and {high:.3f}"
     )
+    reason = f"score {score:.4f} is {place} ({basis})"
+    return Judgement(verdict=verdict, threshold=low, clean_from=high, reason=reason)
 
 
 def rank_p_value(score: float, references: Sequence[float]) -> float | None:
-    """``(1 + #{references <= score}) / (m + 1)``: how often a clean encoder scores this low; None without any."""
+    """``(1 + #{references <= score}) / (m + 1)``: how often clean encoders score this low; None if m = 0."""
     if not references:
         return None
     return (1 + sum(reference <= score for reference in references)) / (len(references) + 1)

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -85,19 +84,23 @@ def _load_pickle(path: Path) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the pickle's age
             return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
-        raise EncoderError(
-            f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and reading that could run "
-            "code chosen by whoever wrote it, so nothing was executed; if you need this file, open it with "
-            "torch.load(..., weights_only=False) in a sandbox without network and secrets, and store its "
-            "state dict with safetensors.torch.save_file."
-        ) from None
     except Exception as error:  # garbage reaches torch's reader as almost any exception
-        raise EncoderError(
+        raise EncoderError(_refusal(path, error)) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    if type(error).__name__ != "UnpicklingError":  # by name: nothing here imports the module of that class
+        return (
             f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}); "
             "expected a file written by torch.save, or a .safetensors file."
-        ) from None
+        )
+    found = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
+    return (
+        f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and reading that could run "
+        "code chosen by whoever wrote it, so nothing was executed; if you need this file, open it with "
+        "torch.load(..., weights_only=False) in a sandbox without network and secrets, and store its "
+        "state dict with safetensors.torch.save_file."
+    )
 
 
 def identify(tensors: Mapping[str, Tensor], *, source: str) -> Checkpoint:

@@ -1,8 +1,8 @@
 """The trigger-inversion engine: masks and patterns of R restarts, optimised as one batch.
 
-A trigger replaces pixels: ``x' = (1 - m) x + m t``. An objective says what triggered features should look like; the
-engine looks for the smallest mask that meets it. The search runs in low precision on frozen weights, so whoever draws
-a verdict from a candidate measures it again in float32 (``Candidate.trigger`` is a plain ``MaskedPattern``).
+A trigger replaces pixels: ``x' = (1 - m) x + m t``. An objective says what features of stamped images should
+look like; the engine looks for the smallest mask that meets it. The search runs on frozen weights, in low
+precision where that pays, so whoever draws a verdict from a candidate measures it again in float32.
 """
 
 import itertools
@@ -12,36 +12,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import NonFiniteError
+from encoderguard.folding import fast_frozen
 from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
+from encoderguard.penalty import LambdaController, LambdaRule
 from encoderguard.run import Run
 from encoderguard.triggers import MaskedPattern
 
-__all__ = ["Candidate", "Inversion", "LambdaRule", "Objective", "SearchPlan", "fast_frozen", "invert"]
+__all__ = ["Candidate", "Inversion", "Objective", "SearchPlan", "invert"]
 
 Objective = Callable[[Tensor], Tensor]
-"""Maps float32 features ``[R, B, D]`` of stamped images to a loss per restart ``[R]``; no restart sees another."""
+"""Maps float32 features ``[R, B, D]`` of stamped images to a loss ``[R]``, each from its own slice."""
 Outcome = Literal["converged", "dropped", "budget"]
 """Why a restart ended: the stop rule, a rung at which others were better, or the step or time budget."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LambdaRule:
-    """How the weight of the mask's size follows success and failure (DECREE's code; Neural Cleanse before it)."""
-
-    initial: float = 1e-3
-    factor: float = 5.0
-    """Multiplies after more than ``patience`` successes in a row, divides after as many failures."""
-    patience: int = 5
-    lowest: float = 1e-5
-    """Division stops below this."""
-    highest: float = 1e5
-    reset_after: int = 10
-    """More successes in a row than this below ``lowest`` set lambda back to ``initial``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +59,7 @@ class SearchPlan:
     keep: int = 32
     """Candidates kept per restart."""
     spacing: float = 0.95
-    """Neighbouring kept candidates differ by this factor in size, so that a failed one has a larger one to fall
-    back to."""
+    """Factor between sizes of neighbouring kept candidates: if one fails later, a larger one is at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,70 +89,6 @@ class Inversion:
     """Whether BatchNorm was folded into the convolutions."""
 
 
-def fast_frozen(encoder: Encoder, sample: Tensor, run: Run) -> tuple[Encoder, bool]:
-    """A frozen eval copy on the run's device, with BatchNorm folded into convolutions where that is exact.
-
-    Args:
-        encoder: unchanged.
-        sample: images ``[N, 3, H, W]`` in [0, 1] on which the folded copy is compared in float32.
-        run: device and precision.
-
-    Returns:
-        The copy, and whether it is folded (an untraceable or differing backbone is left as it is).
-    """
-    fast = encoder.frozen().to(run.device)
-    plain = fast.backbone
-    with torch.no_grad():
-        expected = fast(sample.to(run.device))
-    folded = _fold(plain)
-    if folded is not None:
-        fast.backbone = folded.requires_grad_(False)
-        with torch.no_grad():
-            difference = (fast(sample.to(run.device)) - expected).abs().max()
-        if not bool(difference <= 1e-4 * expected.abs().max()):
-            fast.backbone, folded = plain, None
-    if run.low_precision:
-        # autocast re-casts frozen weights on every step; casting them once is the same arithmetic
-        for part in fast.backbone.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear):
-                part.to(torch.bfloat16)
-    return fast, folded is not None
-
-
-def _fold(backbone: nn.Module) -> nn.Module | None:
-    from torch.fx.experimental.optimization import fuse
-
-    if not any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules()):
-        return None
-    try:
-        folded: nn.Module = fuse(backbone)
-    except Exception:  # tracing runs the module's own code on symbols, which may fail in any way
-        return None
-    return folded.eval()
-
-
-class _Lambda:
-    """One lambda per restart, all following the same rule."""
-
-    def __init__(self, rule: LambdaRule, restarts: int) -> None:
-        self.rule = rule
-        self.value = torch.full((restarts,), rule.initial, dtype=torch.float64)
-        self.up, self.down, self.low = (torch.zeros(restarts, dtype=torch.int64) for _ in range(3))
-
-    def update(self, which: Tensor, success: Tensor) -> None:
-        """Count one step of the restarts ``which`` (indices) and move their lambdas."""
-        rule, value = self.rule, self.value[which]
-        up = torch.where(success, self.up[which] + 1, 0)
-        down = torch.where(success, 0, self.down[which] + 1)
-        low = torch.where(success & (value < rule.lowest), self.low[which] + 1, 0)
-        raised, lowered, reset = up > rule.patience, down > rule.patience, low > rule.reset_after
-        value = torch.where(raised & (value < rule.highest), value * rule.factor, value)
-        value = torch.where(lowered & (value >= rule.lowest), value / rule.factor, value)
-        self.value[which] = torch.where(reset, rule.initial, value)
-        self.up[which], self.down[which] = up.masked_fill(raised, 0), down.masked_fill(lowered, 0)
-        self.low[which] = low.masked_fill(reset, 0)
-
-
 class _Restarts:
     """The state of all restarts: parameters, lambdas, best candidates, who still runs."""
 
@@ -177,9 +99,11 @@ class _Restarts:
         for r in self.active:
             generator = run.rng.generator("restart", r)
             self.masks.append(_logit(torch.rand(size, generator=generator)).to(run.device).requires_grad_())
-            self.patterns.append(_logit(torch.rand(3, *size, generator=generator)).to(run.device).requires_grad_())
+            self.patterns.append(
+                _logit(torch.rand(3, *size, generator=generator)).to(run.device).requires_grad_()
+            )
         self.optimizer = torch.optim.Adam([*self.masks, *self.patterns], lr=1.0, betas=plan.betas)
-        self.penalty = _Lambda(plan.penalty, plan.restarts)
+        self.penalty = LambdaController(plan.penalty, plan.restarts)
         self.candidates: list[list[Candidate]] = [[] for _ in self.active]
         self.reference = [float("inf")] * plan.restarts
         self.stale, self.steps = [0] * plan.restarts, [0] * plan.restarts
@@ -223,14 +147,16 @@ class _Restarts:
             if bool(success[i]) and float(sizes[i]) < self.smallest(r):
                 trigger = MaskedPattern(mask[i].cpu().clone(), pattern[i].cpu().clone())
                 self._keep(
-                    Candidate(restart=r, step=number, size=float(sizes[i]), loss=float(losses[i]), trigger=trigger)
+                    Candidate(
+                        restart=r, step=number, size=float(sizes[i]), loss=float(losses[i]), trigger=trigger
+                    )
                 )
 
     def _keep(self, found: Candidate) -> None:
         r, kept = found.restart, self.candidates[found.restart]
         if found.size < self.reference[r] * (1 - self.plan.least_gain):
             self.reference[r], self.stale[r] = found.size, 0
-        # the newest is the smallest; the one before stays only if it is clearly smaller than its own predecessor
+        # the newest is the smallest; the one before stays only if it is clearly smaller than its predecessor
         if len(kept) > 1 and kept[0].size > self.plan.spacing * kept[1].size:
             kept.pop(0)
         kept.insert(0, found)
@@ -259,11 +185,11 @@ class _Restarts:
 def invert(
     encoder: Encoder, images: ImageSet, objective: Objective, plan: SearchPlan, *, run: Run
 ) -> Inversion:
-    """Search for the smallest mask whose stamped images meet the objective; any-time within the plan's budgets.
+    """Search for the smallest mask whose stamped images meet the objective; the best so far within budget.
 
     Args:
         encoder: unchanged.
-        images: clean images, N x 3 x H x W; an incomplete last batch of an epoch is left out.
+        images: clean images; all are held in memory as uint8. An incomplete last batch of a pass is left out.
         objective: see ``Objective``.
         plan: budgets, schedule, stop rule.
         run: device, precision, streams, progress.
@@ -286,7 +212,9 @@ def invert(
         if (number + 1) % rounds == 0:
             state.end_round(number + 1)
             best = min(map(state.smallest, range(plan.restarts)))
-            run.progress("invert", number + 1, plan.max_steps, f"mask {best:.4f}, {len(state.active)} running")
+            run.progress(
+                "invert", number + 1, plan.max_steps, f"mask {best:.4f}, {len(state.active)} running"
+            )
         if not state.active or time.monotonic() > deadline:
             break
     return Inversion(
@@ -303,8 +231,8 @@ def _batches(pixels: Tensor, size: int, run: Run) -> Iterator[Tensor]:
     """Endless full float batches, in a new order each pass over the images."""
     for epoch in itertools.count():
         order = run.rng.permutation(len(pixels), "order", epoch).to(pixels.device)
-        for part in order[: len(order) // size * size].split(size):
-            yield pixels[part].float() / 255
+        for first in range(0, len(pixels) - size + 1, size):
+            yield pixels[order[first : first + size]].float() / 255
 
 
 def _logit(uniform: Tensor) -> Tensor:

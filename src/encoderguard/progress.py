@@ -29,7 +29,7 @@ class ProgressBars:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._lines: dict[str, tuple[float, float, int]] = {}
+        self._lines: dict[str, tuple[float, float, int, int]] = {}
 
     def __enter__(self) -> "ProgressBars":
         if self._console.is_terminal:
@@ -60,13 +60,13 @@ class ProgressBars:
 
     def _write(self, task: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        began, last, first = self._lines.get(task, (now, now, done))
-        if done < first:
+        began, last, first, before = self._lines.get(task, (now, now, done, done))
+        if done < before:
             began, last, first = now, now, done
-        self._lines[task] = (began, last, first)
+        self._lines[task] = (began, last, first, done)
         if now - last < _LINE_EVERY or done <= first:
             return
         left = (now - began) / (done - first) * (total - done)
         text = f"{task}: {done}/{total}, about {left / 60:.0f} min left" + (f", {note}" if note else "")
         print(text, file=sys.stderr, flush=True)
-        self._lines[task] = (began, now, first)
+        self._lines[task] = (began, now, first, done)

@@ -39,6 +39,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "weight_decay": 1e-6,
         "schedule": "constant",
         "epochs": 1000,
+        "compare": "first",
         "patches": 0.0,
     },
     "authors": {
@@ -56,6 +57,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "weight_decay": 1e-6,
         "schedule": "constant",
         "epochs": 1000,
+        "compare": "first",
         "patches": 0.0,
     },
     "default": {
@@ -73,6 +75,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "weight_decay": 1e-4,
         "schedule": "one_cycle",
         "epochs": 100,
+        "compare": "both",
         "patches": 0.5,
     },
 }
@@ -96,8 +99,8 @@ class MIMIC(Defense):
     the *student* sees while the teacher sees the image without them. A setting that is given overrides its
     mode.
 
-    All modes run one student and one teacher forward pass per step on both views and compare on both; the
-    authors run five passes and compare on the first view only.
+    All modes run one student and one teacher pass per step; the authors run five. ``compare`` says whether
+    the two are compared on both views (default) or on the first only (the authors' code).
     """
 
     name: ClassVar[str] = "mimic"
@@ -139,6 +142,8 @@ class MIMIC(Defense):
     """Weight of the dependence in beta."""
     patches: Annotated[float, Field(ge=0, le=1)] = _BY_MODE
     """Probability that a random patch covers part of a view that the student sees."""
+    compare: Literal["both", "first"] = _BY_MODE
+    """On which of the two views student and teacher are compared (L0 and L2); NT-Xent always takes both."""
     temperature: Annotated[float, Field(gt=0)] = 0.5
     """tau of NT-Xent."""
     profile_images: Annotated[int, Field(ge=32)] = 2000
@@ -208,19 +213,19 @@ class MIMIC(Defense):
     def _terms(
         self, batch: Batch, teacher: Encoder, student: Encoder, head: nn.Module, beta: list[float]
     ) -> dict[str, Tensor]:
-        generator = batch.rng.generator("views")
+        n, generator = len(batch.images), batch.rng.generator("views")
         views = torch.cat([SIMCLR(batch.images, generator), SIMCLR(batch.images, generator)])
         seen = random_patches(views, self.patches, batch.rng.generator("patches"))
         with torch.no_grad():
-            aim, aim_stages = teacher.features_and_stages(views)
+            aim, aim_stages = teacher.features_and_stages(views if self.compare == "both" else views[:n])
         features, stages = student.features_and_stages(seen)
-        terms = {"cosine (L0)": self.lambda0 * cosine_distance(features, aim)}
+        terms = {"cosine (L0)": self.lambda0 * cosine_distance(features[: len(aim)], aim)}
         if self.lambda1 > 0:
             first, second = head(features).chunk(2)
             terms["nt_xent (L1)"] = self.lambda1 * nt_xent(first, second, self.temperature)
         if self.lambda2 > 0:
             distances = [
-                weight * attention_loss(a, b, reduction=self.reduction)
+                weight * attention_loss(a[: len(b)], b, reduction=self.reduction)
                 for weight, a, b in zip(beta, stages, aim_stages, strict=True)
             ]
             terms["attention (L2)"] = self.lambda2 * torch.stack(distances).sum()

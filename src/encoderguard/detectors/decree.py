@@ -4,25 +4,28 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, final
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from encoderguard.calibration import FeatureSpace, Judgement, judge, known_clean, rank_p_value
+from encoderguard.calibration import CleanScore, FeatureSpace, Judgement, judge, known_clean, rank_p_value
 from encoderguard.encoder import Encoder
 from encoderguard.features import extract
 from encoderguard.images import ImageSet
-from encoderguard.inversion import Candidate, Inversion, LambdaRule, Objective, SearchPlan, invert
+from encoderguard.inversion import Candidate, Inversion, Objective, SearchPlan, invert
 from encoderguard.methods import Detection, Detector, require_images
+from encoderguard.penalty import LambdaRule
 from encoderguard.registry import register
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine, standardise
 
 __all__ = ["Decree"]
 
-_PRESCREEN, _SLACK = 128, 0.002
 _LARGE = 64
 """Sides above this use the authors' long schedule (theirs is 224 px)."""
+_ROUND = 8
+"""Steps between two looks at the stop rule in the fast schedule: what 1,000 images in batches of 128 make."""
+_FEW, _SLACK = 256, 0.002
+"""A candidate that misses by more than the slack on about so many images is not tried on all."""
 
 
 @final
@@ -31,12 +34,14 @@ _LARGE = 64
 class Decree(Detector):
     """Feng et al. 2023, Section 4.2, with the mask polarity of the authors' code (1 replaces the pixel).
 
-    Minimises ``-mean cos(E(x'_p), E(x'_q)) + lambda |m|_1`` over pairs p != q and takes the smallest mask whose batch
-    reached ``beta``. The score, PL1, is the mean of that mask, measured again in float32 on all images.
+    Minimises ``-mean cos(E(x'_p), E(x'_q)) + lambda |m|_1`` over pairs p != q. The score, PL1, is the mean of
+    the smallest mask that exceeds ``beta`` on a batch of the search and in float32 on all images.
     """
 
     name: ClassVar[str] = "decree"
-    paper: ClassVar[str] = "Feng et al., Detecting Backdoors in Pre-trained Encoders, CVPR 2023, arXiv:2303.15180"
+    paper: ClassVar[str] = (
+        "Feng et al., Detecting Backdoors in Pre-trained Encoders, CVPR 2023, arXiv:2303.15180"
+    )
 
     tau: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Threshold on the PL1 norm (Eq. 7)."""
@@ -44,10 +49,11 @@ class Decree(Detector):
     """Mean cosine of stamped images above which a trigger counts (Eq. 5)."""
     restarts: Annotated[int, Field(ge=1)] = 3
     """Random starts; the smallest verified mask decides."""
-    batch_size: Annotated[int, Field(ge=2)] = 128
-    """Images per step; at most all images are used."""
+    batch_size: Annotated[int, Field(ge=2)] | None = None
+    """Images per step, at most all; None takes 64 in the ``fast`` schedule and 128 in the authors'."""
     schedule: Literal["fast", "authors"] = "fast"
-    """``authors``: their epochs, lambda and stop rule for every restart. ``fast``: see ``_plan``."""
+    """``authors``: every restart runs to their stop rule, which is looked at once per pass over the images.
+    ``fast``: it is looked at every 8 steps, and every 16 steps the worse half of the restarts is dropped."""
     max_epochs: Annotated[int, Field(ge=1)] = 1000
     """Passes over the images at most."""
     max_steps: Annotated[int, Field(ge=1)] = 3000
@@ -55,16 +61,16 @@ class Decree(Detector):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Time budget of the search; the best so far is used. The result then depends on the machine."""
     feature_space: FeatureSpace = "raw"
-    """Where cosines are taken: ``raw`` as published, or after standardising each dimension over the clean images."""
+    """Where cosines are taken: ``raw`` as published, or after standardising features over the clean images."""
     calibrated: bool = True
-    """Judge against clean references too and say "inconclusive" where they do not decide; else ``score < tau``."""
+    """Judge against clean references too, "inconclusive" where they do not decide; else score < tau alone."""
     margin: Annotated[float, Field(ge=1)] = 1.5
-    """Factor by which a score must undercut the clean references to be called backdoored."""
+    """Factor by which a score must undercut the smallest clean reference to be called backdoored."""
     clean_scores: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
-    """Scores of encoders known to be clean, same settings and images; they replace tau and the built-in table."""
+    """Scores of known clean encoders, same settings and images; they replace tau and the built-in scores."""
 
     def detect(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Detection:
-        """Judge ``encoder`` from clean unlabelled images; ``score`` is PL1, small when a backdoor is indicated.
+        """Judge ``encoder`` from clean unlabelled images; ``score`` is PL1, small if a backdoor is indicated.
 
         Without any verified trigger the score is 1.0 (a full mask always collapses all features).
 
@@ -75,14 +81,14 @@ class Decree(Detector):
         """
         require_images(images, 2, "DECREE")
         exact = replace(run, precision="float32")
-        clean = extract(encoder, images, run=exact)
-        cosine = _Cosine(clean.to(run.device) if self.feature_space == "standardised" else None)
+        standardised = self.feature_space == "standardised"
+        clean = extract(encoder, images if standardised else _some(images), run=exact).to(run.device)
+        cosine = _Cosine(clean if standardised else None)
         found = invert(encoder, images, _negative(cosine), self._plan(images), run=run.child("decree"))
-        best, verified, tried = self._verify(encoder, images, cosine, found, exact)
+        best, measured = self._verify(encoder, images, cosine, found, exact)
         score = best.size if best is not None else 1.0
-        side = max(images.shape[-2:])
-        known = known_clean(encoder.spec, side, self.feature_space)
-        judgement = self._judge(score, [entry.score for entry in known], best is not None)
+        known = known_clean(encoder.spec, max(images.shape), self.feature_space)
+        judgement = self._judge(score, known, best is not None)
         references = self.clean_scores or tuple(entry.score for entry in known)
         return Detection(
             verdict=judgement.verdict,
@@ -94,26 +100,28 @@ class Decree(Detector):
                 "reason": judgement.reason,
                 "tau": self.tau,
                 "clean_from": judgement.clean_from,
-                "clean_references": [
-                    {"score": s, "source": "given by the user"} for s in self.clean_scores
-                ]
-                or [{"score": e.score, "images": e.images, "source": e.source} for e in known],
+                "clean_references": self._references(known),
                 "ratio_to_smallest_clean": score / min(references) if references else None,
                 "feature_space": self.feature_space,
-                "cosine_of_clean_images": float(cosine(clean.to(run.device))),
-                "cosine_of_stamped_images": verified,
-                "candidates_verified": tried,
+                "cosine_of_clean_images": float(cosine(clean)),
+                **measured,
                 **_search_evidence(found),
             },
         )
 
+    def _references(self, known: list[CleanScore]) -> list[dict[str, Any]]:
+        if self.clean_scores:
+            return [{"score": score, "source": "given by the user"} for score in self.clean_scores]
+        return [{"score": entry.score, "images": entry.images, "source": entry.source} for entry in known]
+
     def _plan(self, images: ImageSet) -> SearchPlan:
-        """The authors' schedule in steps, or a shortened one."""
-        large = max(images.shape[-2:]) > _LARGE
-        batch = min(self.batch_size, len(images))
+        """The authors' schedule in steps, or the shortened one."""
+        large, fast = max(images.shape) > _LARGE, self.schedule == "fast"
+        batch = min(self.batch_size or (64 if fast else 128), len(images))
         epoch = len(images) // batch
         drops = (200, 500) if large else (30, 50)
-        authors = SearchPlan(
+        halvings = math.ceil(math.log2(self.restarts))
+        return SearchPlan(
             goal=-self.beta,
             restarts=self.restarts,
             batch_size=batch,
@@ -122,30 +130,32 @@ class Decree(Detector):
             learning_rates=((0, 0.5), (drops[0] * epoch, 0.1), (drops[1] * epoch, 0.05)),
             penalty=LambdaRule(lowest=1e-7 if large else 1e-5),
             stale_steps=35 if large else 10,
+            round_steps=_ROUND if fast else None,
+            rungs=tuple(2 * _ROUND * (k + 1) for k in range(halvings)) if fast else (),
         )
-        return authors if self.schedule == "authors" else _shortened(authors, large)
 
     def _verify(
         self, encoder: Encoder, images: ImageSet, cosine: "_Cosine", found: Inversion, exact: Run
-    ) -> tuple[Candidate | None, float | None, int]:
-        """The smallest tried candidate that holds in float32 on all images, its mean cosine, and how many were tried."""
+    ) -> tuple[Candidate | None, dict[str, Any]]:
+        """The smallest candidate that holds in float32 on all images, and what was measured on the way."""
         queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)
-        few = images.subset(range(min(_PRESCREEN, len(images))))
+        few = _some(images)
         for tried, candidate in enumerate(queue, start=1):
-            for part in (few, images):  # most failures show on a few images already
-                features = extract(encoder, part, run=exact, trigger=candidate.trigger)
-                value = float(cosine(features.to(exact.device)))
+            for part in (few, images):
+                features = extract(encoder, part, run=exact, trigger=candidate.trigger).to(exact.device)
+                value = float(cosine(features))
                 if value <= self.beta - (_SLACK if part is few else 0):
                     break
             else:
-                return candidate, value, tried
-        return None, None, len(queue)
+                return candidate, {"cosine_of_stamped_images": value, "candidates_tried": tried}
+        return None, {"cosine_of_stamped_images": None, "candidates_tried": len(queue)}
 
-    def _judge(self, score: float, table: list[float], succeeded: bool) -> Judgement:
+    def _judge(self, score: float, known: list[CleanScore], succeeded: bool) -> Judgement:
         if not self.calibrated:
             verdict: Literal["backdoored", "clean"] = "backdoored" if score < self.tau else "clean"
-            reason = f"score {score:.4f} against tau {self.tau:g} as published"
+            reason = f"score {score:.4f} against tau {self.tau:g}, as published"
             return Judgement(verdict=verdict, threshold=self.tau, clean_from=self.tau, reason=reason)
+        table = [entry.score for entry in known]
         judgement = judge(score, tau=self.tau, margin=self.margin, own=self.clean_scores, table=table)
         if succeeded:
             return judgement
@@ -153,9 +163,14 @@ class Decree(Detector):
         return replace(judgement, verdict="inconclusive", reason=reason)
 
 
+def _some(images: ImageSet) -> ImageSet:
+    """Evenly spaced images, about ``_FEW``: a first look and a baseline do not need all."""
+    return images.subset(range(0, len(images), max(1, len(images) // _FEW)))
+
+
 @dataclass(frozen=True, eq=False)
 class _Cosine:
-    """The mean off-diagonal cosine of ``[..., N, D]``, after standardising over ``reference`` if there is one."""
+    """Mean cosine of different rows of ``[..., N, D]``, standardised over ``reference`` if there is one."""
 
     reference: Tensor | None
 
@@ -172,10 +187,6 @@ def _negative(cosine: _Cosine) -> Objective:
     return loss
 
 
-def _shortened(plan: SearchPlan, large: bool) -> SearchPlan:
-    return plan
-
-
 def _search_evidence(found: Inversion) -> dict[str, Any]:
     return {
         "restarts": [
@@ -188,5 +199,7 @@ def _search_evidence(found: Inversion) -> dict[str, Any]:
         ],
         "image_passes": found.image_passes,
         "batchnorm_folded": found.folded,
-        "curves": {name: [round(v, 6) for v in values if math.isfinite(v)] for name, values in found.history.items()},
+        "curves": {
+            name: [round(v, 6) for v in values if math.isfinite(v)] for name, values in found.history.items()
+        },
     }

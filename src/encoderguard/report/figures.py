@@ -134,13 +134,11 @@ def score_chart(
         axes.grid(axis="x")
         axes.set_xlabel("score")
         if threshold is not None:
-            _draw_threshold(axes, threshold, flagged)
-        if threshold is not None and clean_from is not None:
-            axes.axvspan(threshold, clean_from, color=COLOURS["pale"], alpha=0.25, linewidth=0)
+            _draw_threshold(axes, threshold, flagged, clean_from)
         return to_svg(figure)
 
 
-def _draw_threshold(axes: Axes, threshold: float, flagged: str | None) -> None:
+def _draw_threshold(axes: Axes, threshold: float, flagged: str | None, clean_from: float | None) -> None:
     axes.axvline(threshold, color=COLOURS["neutral"], linestyle=(0, (4, 3)), linewidth=1.2)
     label = f"threshold {threshold:.3g}"
     axes.annotate(
@@ -156,6 +154,8 @@ def _draw_threshold(axes: Axes, threshold: float, flagged: str | None) -> None:
     if flagged in ("below", "above"):
         start, end = (low, threshold) if flagged == "below" else (threshold, high)
         axes.axvspan(start, end, color=COLOURS["backdoored"], alpha=0.10, linewidth=0)
+    if clean_from is not None:
+        axes.axvspan(threshold, clean_from, color=COLOURS["pale"], alpha=0.25, linewidth=0)
 
 
 def curve_chart(name: str, lines: Sequence[Sequence[float]]) -> bytes:

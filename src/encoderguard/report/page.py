@@ -97,7 +97,10 @@ def _settings(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Settings in effect, with a mark at those that the caller gave."""
     passed = mapping(record.get("settings_passed"))
     settings = mapping(record.get("settings")) or passed
-    return [(key, text(value), "given" if key in passed else "") for key, value in settings.items()]
+    return [
+        (key, "none" if value is None else text(value), "given" if key in passed else "")
+        for key, value in settings.items()
+    ]
 
 
 def render(record: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -17,6 +17,14 @@ __all__ = ["examples", "maps", "triggers"]
 Record = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[np.generic]]
 
+_SCAN_MAP = (
+    " The recovered trigger was searched for so that it brings the coloured points together, which succeeds "
+    "for clean encoders too: what counts is how small a trigger is enough."
+)
+_TRIGGER_MAP = (
+    " A backdoor shows as triggered images that collapse into one spot away from their clean copies."
+)
+
 
 def examples(record: Record, arrays: Arrays) -> list[Block]:
     """Images with the trigger under the same images without it, and the attacker's reference."""
@@ -63,7 +71,9 @@ def triggers(record: Record, arrays: Arrays) -> list[Block]:
         size = f"Mean of the mask {short(float(mask.mean()))}, largest value {short(float(mask.max()))}."
         blocks.append(Gallery(pictures=tiles, shape="tiles", caption=size))
     if blocks:
-        how = "Mask: black keeps the pixel, pale yellow replaces it. Small and concentrated is suspicious."
+        how = (
+            "Mask: black keeps the pixel, pale yellow replaces it. A smaller one is the stronger indication."
+        )
         blocks.append(Note(text=how))
     return blocks
 
@@ -80,7 +90,5 @@ def maps(record: Record, arrays: Arrays) -> list[Block]:
         panels.append(chart(map_chart(clean, triggered), f"Map of {words}, {title}", title))
     caption = "The features, projected onto two axes."
     if any(triggered is not None for _, _, triggered in found):
-        caption += (
-            " A backdoor shows as triggered images that collapse into one spot away from their clean copies."
-        )
+        caption += _SCAN_MAP if record.get("job") == "scan" else _TRIGGER_MAP
     return [Gallery(pictures=panels, shape="panels", caption=caption)]

@@ -168,10 +168,21 @@ def _scope(record: Record, arrays: Arrays) -> list[Block]:
 
 
 def _runs(record: Record, arrays: Arrays) -> list[Block]:
-    runs = [_flat(mapping(run)) for run in sequence(record.get("runs"))]
-    header = list(dict.fromkeys(key for run in runs for key in run))[:12]
-    rows = [[run.get(key, "") for key in header] for run in runs if run]
-    return [Table(header=header, rows=rows)] if rows and header else []
+    """One row per run and encoder."""
+    rows: list[dict[str, str]] = []
+    for run in map(mapping, sequence(record.get("runs"))):
+        cases = {name: mapping(run.get(name)) for name in reading.ENCODERS}
+        seed = {"seed": text(run.get("seed"))}
+        told = [seed | {"encoder": name} | _measured(case) for name, case in cases.items() if case]
+        rows += told or [_measured(run)]
+    header = list(dict.fromkeys(key for row in rows for key in row))[:12]
+    table = Table(header=header, rows=[[row.get(key, "") for key in header] for row in rows])
+    return [table] if header else []
+
+
+def _measured(values: Mapping[str, Any]) -> dict[str, str]:
+    rates = {reading.RATES[key]: percent(number(values[key])) for key in values if key in reading.RATES}
+    return rates | {key: item for key, item in _flat(values).items() if key not in reading.RATES}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, str]:
@@ -185,7 +196,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _evidence(record: Record, arrays: Arrays) -> list[Block]:
     """Single values of the evidence, and what a demo or an attack was set up with."""
-    values = mapping(record.get("evidence"))
+    values = {k: v for k, v in mapping(record.get("evidence")).items() if not isinstance(v, dict)}
     for key in ("target", "target_name", "trigger", "recipe"):
         values |= {key: record[key]} if record.get(key) is not None else {}
     rows = [[key, value] for key, value in _flat(values).items() if value and key != "reason"]

@@ -70,8 +70,8 @@ def count(amount: int, noun: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A fraction as per cent with one decimal, or a dash."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+    """A fraction as per cent with one decimal and a space that does not break, or a dash."""
+    return "–" if value is None else f"{100 * value:.1f}\u00a0%"
 
 
 def points(value: float) -> str:

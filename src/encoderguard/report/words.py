@@ -114,7 +114,7 @@ def _verdict_sentence(record: Mapping[str, Any], encoder: str) -> str:
 
 def _demo(record: Mapping[str, Any]) -> list[str]:
     verdicts = [s for s in (_verdict_sentence(record, name) for name in ENCODERS) if s]
-    scan = ", ".join(verdicts)
+    scan = " and ".join(filter(None, [", ".join(verdicts[:-1]), *verdicts[-1:]]))
     before, after = _rate(record, "backdoored", "ASR"), _rate(record, "purified", "ASR")
     clean = _rate(record, "clean", "ASR")
     acc, acc_after = _rate(record, "backdoored", "ACC"), _rate(record, "purified", "ACC")

@@ -1,0 +1,51 @@
+"""A faster copy of an encoder for searches that change only its input: frozen, folded, weights cast once."""
+
+import torch
+from torch import Tensor, nn
+
+from encoderguard.encoder import Encoder
+from encoderguard.run import Run
+
+__all__ = ["fast_frozen"]
+
+
+def fast_frozen(encoder: Encoder, sample: Tensor, run: Run) -> tuple[Encoder, bool]:
+    """A frozen eval copy on the run's device, with BatchNorm folded into convolutions where that is exact.
+
+    Args:
+        encoder: unchanged.
+        sample: images ``[N, 3, H, W]`` in [0, 1] on which the folded copy is compared in float32.
+        run: device and precision.
+
+    Returns:
+        The copy, and whether it is folded (an untraceable or differing backbone is left as it is).
+    """
+    fast = encoder.frozen().to(run.device)
+    plain = fast.backbone
+    with torch.no_grad():
+        expected = fast(sample.to(run.device))
+    folded = _fold(plain)
+    if folded is not None:
+        fast.backbone = folded.requires_grad_(False)
+        with torch.no_grad():
+            difference = (fast(sample.to(run.device)) - expected).abs().max()
+        if not bool(difference <= 1e-4 * expected.abs().max()):
+            fast.backbone, folded = plain, None
+    if run.low_precision:
+        # autocast re-casts frozen weights on every step; casting them once is the same arithmetic
+        for part in fast.backbone.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.to(torch.bfloat16)
+    return fast, folded is not None
+
+
+def _fold(backbone: nn.Module) -> nn.Module | None:
+    from torch.fx.experimental.optimization import fuse
+
+    if not any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules()):
+        return None
+    try:
+        folded: nn.Module = fuse(backbone)
+    except Exception:  # tracing runs the module's own code on symbols, which may fail in any way
+        return None
+    return folded.eval()
