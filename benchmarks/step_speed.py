@@ -61,7 +61,7 @@ def mimic_step(width: int, images: Tensor, run: Run) -> Callable[[], object]:
         with run.autocast():
             terms = method._terms(batch, teacher, student, head, [1.0] * 4)
         optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(terms.values())).sum().backward()
+        torch.autograd.backward(torch.stack(list(terms.values())).sum())
         optimizer.step()
 
     return step
@@ -97,7 +97,7 @@ def plain_step(width: int, images: Tensor) -> Callable[[], object]:
         clone = 1 - F.cosine_similarity(teacher(first), got["layer4"].mean((2, 3))).mean()
         optimizer.zero_grad()
         teacher.zero_grad()
-        (contrast + clone + attention).backward()
+        torch.autograd.backward(contrast + clone + attention)
         optimizer.step()
 
     return step
@@ -122,7 +122,7 @@ def simclr_step(width: int, images: Tensor, run: Run, *, augment: bool) -> Calla
             first, second = head(student(views)).chunk(2)
             loss = nt_xent(first, second, 0.5)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
 
     return step

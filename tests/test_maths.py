@@ -54,7 +54,7 @@ def test_attention_ignores_the_scale_of_a_stage(scale: float) -> None:
 
 def test_attention_of_identical_maps_has_a_finite_gradient() -> None:
     stage = torch.rand(2, 3, 4, 4, requires_grad=True)
-    attention_loss(stage, stage.detach()).backward()
+    torch.autograd.backward(attention_loss(stage, stage.detach()))
     assert stage.grad is not None
     assert bool(stage.grad.isfinite().all())
 

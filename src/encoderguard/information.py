@@ -249,7 +249,7 @@ def mine(
             average = current if average is None else (1 - ema) * average + ema * current
             loss = (log_mean.exp() / average.clamp(min=1e-12)) - joint.mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             values.append(float((joint.mean() - log_mean).detach()))
     tail = values[-max(1, len(values) // 10) :]

@@ -5,6 +5,7 @@ an unbroken one ends, bit for bit on the same machine.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from encoderguard.storage import write_atomic
 
 __all__ = ["Batch", "Plan", "train"]
 
-_SAVE_EVERY = 60.0  # seconds between checkpoints
+_SAVE_EVERY = float(os.environ.get("ENCODERGUARD_SAVE_EVERY", "60"))  # seconds between checkpoints
 _IN_MEMORY = 4 << 30  # bytes of pixels that are moved to the device once
 
 
@@ -149,7 +150,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step, self.total)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(total)
         self.optimizer.step()
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
