@@ -15,8 +15,8 @@ STORIES = {
     "cifar10_cifar100": "CIFAR-10 to CIFAR-100, ResNet-18 width 16",
     "cifar10_tiny_imagenet": "CIFAR-10 to Tiny-ImageNet (20 classes, 32 px), ResNet-18 width 16",
 }
-# MIMIC, Table I, BadEncoder rows pre-trained on CIFAR-10: ACC/ASR undefended and after MIMIC. Their ASR counts
-# target-class images too. SVHN and STL-10 could not be had here and were not run.
+# MIMIC, Table I, BadEncoder rows pre-trained on CIFAR-10: ACC/ASR undefended and after MIMIC. Their ASR
+# counts target-class images too. SVHN and STL-10 could not be had here and were not run.
 PAPER = {
     "GTSRB": ("83.37/99.09", "81.33/1.36"),
     "SVHN": ("68.71/99.02", "75.32/12.31"),
@@ -61,9 +61,9 @@ def ablation(record: dict[str, Any]) -> list[str]:
     before = record["undefended"]
     lines = [
         f"Undefended: ACC {100 * before['acc']:.1f} %, ASR {100 * before['asr']:.1f} %; clean encoder: ACC "
-        f"{100 * before['clean_acc']:.1f} %, ASR {100 * before['clean_asr']:.1f} %. Probe: {record['probe']}.",
+        f"{100 * before['clean_acc']:.1f} %, ASR {100 * before['clean_asr']:.1f} %. {record["probe"]} probe.",
         "",
-        "| settings that differ from the default | seed | ACC % | ASR % | agreement with the suspect (CKA) | seconds |",
+        "| settings that differ from the default | seed | ACC % | ASR % | CKA to suspect | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

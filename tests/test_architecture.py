@@ -19,11 +19,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("registry", "run", "progress"),
     ("image_decoding", "image_storage", "image_named", "image_sources", "image_view", "images"),
     ("triggers",),
-    ("backbones", "recipes", "architectures", "encoder"),
+    ("backbones", "recipes", "architectures", "bundles", "encoder"),
     ("methods",),
     ("sanity", "checkpoints", "loading"),
     ("features", "augment", "calibration"),
-    ("losses", "similarity", "information"),
+    ("losses", "similarity", "mine", "information"),
     ("training",),
     ("folding", "penalty", "inversion"),
     ("classifiers", "probes", "references", "fidelity", "evaluation"),
@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("results",),
     ("report",),
     ("jobs",),
-    ("demo",),
+    ("story", "demo"),
     ("cli", "__main__"),
     ("__init__",),  # the public API of the whole package
 )

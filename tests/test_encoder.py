@@ -9,7 +9,8 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from encoderguard.encoder import Encoder, EncoderSpec, read_provenance
+from encoderguard.bundles import read_provenance
+from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError
 from encoderguard.random import Rng
 

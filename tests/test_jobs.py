@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from encoderguard import jobs
-from encoderguard.encoder import Encoder, read_provenance
+from encoderguard.bundles import read_provenance
+from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
 from encoderguard.jobs.pictures import planar

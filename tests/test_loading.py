@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from encoderguard.architectures import build_backbone, describe
+from encoderguard.bundles import load_state
 from encoderguard.checkpoints import identify, read_tensors
-from encoderguard.encoder import Encoder, load_state
+from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderError, ImageError
 from encoderguard.loading import NORMALISATIONS, check_encoder, load_encoder, spec_for
 from encoderguard.random import Rng, isolated

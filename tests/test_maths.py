@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as reference
 
 from encoderguard.augment import SIMCLR, SIMCLR_NO_CROP, Augmentation, adjust_hue, random_patches
-from encoderguard.information import gaussian_information, layer_weights, mine
+from encoderguard.information import gaussian_information, layer_weights
 from encoderguard.losses import attention_loss, attention_map, cosine_distance, nt_xent
+from encoderguard.mine import mine
 from encoderguard.random import Rng
 
 

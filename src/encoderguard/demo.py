@@ -1,50 +1,33 @@
 """The main job, end to end: train, backdoor, scan, purify, scan again, judge.
 
-Only this module (and the benchmark) joins the attacker's truth to what the defender found, afterwards.
+No step of the defender is given anything of the attacker's; ``story`` joins the two sides' records
+afterwards.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from encoderguard import jobs
-from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet, load_images
-from encoderguard.information import Profile, layer_profile
 from encoderguard.jobs.job import Job
 from encoderguard.jobs.options import JobOptions
-from encoderguard.jobs.pictures import Arrays, embeddings, examples, recovered, write_arrays
-from encoderguard.loading import load_encoder
-from encoderguard.random import Rng
+from encoderguard.jobs.pictures import write_arrays
 from encoderguard.recipes import Recipe, recipe_named
 from encoderguard.results import DemoRecord, EvaluateRecord, PurifyRecord, Record, ScanRecord, read_record
-from encoderguard.run import Run
 from encoderguard.storage import prepare_folder
-from encoderguard.triggers import MaskedPattern, Trigger, load_trigger
+from encoderguard.story import Story, joined
 
 __all__ = ["run_demo"]
 
 R = TypeVar("R", bound=Record)
-_CASES = ("clean", "backdoored", "purified")
 
 
 class _Sets(NamedTuple):
     pretrain: ImageSet
     train: ImageSet
     test: ImageSet
-
-
-class _Story(NamedTuple):
-    """What one seed left behind."""
-
-    seed: int
-    scans: dict[str, ScanRecord]
-    judged: dict[str, EvaluateRecord]
-    purified: PurifyRecord
-    folder: Path
 
 
 def run_demo(
@@ -105,7 +88,7 @@ def run_demo(
         stories = [
             teller.tell(job.run.rng.seed + n, out / f"seed-{job.run.rng.seed + n}") for n in range(seeds)
         ]
-        facts, arrays = _joined(chosen, stories, sets, job.run)
+        facts, arrays = joined(chosen, stories, sets.pretrain, sets.test, job.run)
         job.output("arrays.npz", lambda path: write_arrays(arrays, path))
         record: DemoRecord = job.finish(**facts)
     return record
@@ -144,7 +127,7 @@ class _Teller:
         self.recipe, self.sets, self.clean_encoder = recipe, sets, clean_encoder
         self.shared, self.resume = shared, resume
 
-    def tell(self, seed: int, folder: Path) -> _Story:
+    def tell(self, seed: int, folder: Path) -> Story:
         """All steps for one seed."""
         recipe, sets = self.recipe, self.sets
         clean = self.clean_encoder or self._pretrained(seed, folder / "clean")
@@ -172,7 +155,7 @@ class _Teller:
             "backdoored": self._judge(seed, encoders["backdoored"], clean, folder),
             "purified": self._judge(seed, encoders["purified"], None, folder),
         }
-        return _Story(seed, scans, judged, purified, folder)
+        return Story(seed, scans, judged, purified, folder)
 
     def _pretrained(self, seed: int, folder: Path) -> str:
         recipe = self.recipe
@@ -240,107 +223,3 @@ class _Teller:
             return None
         record = read_record(folder)
         return record if isinstance(record, kind) and record.status == "success" else None
-
-
-def _joined(recipe: Recipe, stories: list[_Story], sets: _Sets, run: Run) -> tuple[dict[str, Any], Arrays]:
-    first = stories[0]
-    trigger = load_trigger(first.folder / "backdoored" / "trigger.json")
-    encoders = _encoders(first)
-    facts: dict[str, Any] = {case: _case(case, stories) for case in _CASES}
-    facts |= {
-        "recipe": recipe.model_dump(mode="json"),
-        "target": recipe.target,
-        "trigger": trigger.to_dict()
-        if not isinstance(trigger, MaskedPattern)
-        else {"kind": "masked_pattern"},
-        "seeds": len(stories),
-        "seed": first.seed,
-        "beta": first.purified.evidence.get("beta"),
-        "fidelity": first.purified.fidelity,
-        "runs": [_run_facts(story) for story in stories],
-        **_profiles(encoders["backdoored"], sets.pretrain, trigger, recipe, run),
-    }
-    arrays = examples(sets.test, trigger)
-    for case in ("clean", "backdoored"):
-        found = (
-            load_trigger(first.folder / f"scan-{case}" / "recovered-trigger.json")
-            if _has_trigger(first, case)
-            else None
-        )
-        if isinstance(found, MaskedPattern):
-            arrays |= {f"{name}_{case}": value for name, value in recovered(found).items()}
-    for case, encoder in encoders.items():
-        arrays |= embeddings({f"embedding_{case}": encoder}, sets.test, run=run, trigger=trigger)
-    return facts, arrays
-
-
-def _has_trigger(story: _Story, case: str) -> bool:
-    return (story.folder / f"scan-{case}" / "recovered-trigger.json").exists()
-
-
-def _encoders(story: _Story) -> dict[str, Encoder]:
-    backdoored = read_record(story.folder / "backdoored")
-    assert backdoored.encoder is not None
-    assert backdoored.encoder.spec is not None
-    return {
-        "clean": load_encoder(backdoored.encoder.spec),
-        "backdoored": load_encoder(str(story.folder / "backdoored" / "encoder.safetensors")),
-        "purified": load_encoder(str(story.folder / "purified" / "encoder.safetensors")),
-    }
-
-
-def _numbers(story: _Story, case: str) -> dict[str, float | None]:
-    source = story.judged["purified" if case == "purified" else "backdoored"]
-    prefix = "clean_" if case == "clean" else ""
-    values = {name: getattr(source, prefix + name) for name in ("acc", "asr", "asr_all")}
-    return values | {"score": story.scans[case].score}
-
-
-def _case(case: str, stories: list[_Story]) -> dict[str, Any]:
-    """Mean over the seeds, the single values, and the verdict of all seeds (or "mixed")."""
-    per_seed = [_numbers(story, case) for story in stories]
-    verdicts = [story.scans[case].verdict for story in stories]
-    facts: dict[str, Any] = {
-        "verdict": verdicts[0] if len(set(verdicts)) == 1 else "mixed",
-        "verdict_seeds": verdicts,
-        "threshold": stories[0].scans[case].threshold,
-    }
-    for name in ("acc", "asr", "asr_all", "score"):
-        values = [numbers[name] for numbers in per_seed]
-        known = [value for value in values if value is not None]
-        facts[name] = float(np.mean(known)) if known else None
-        facts[f"{name}_seeds"] = values
-    return facts
-
-
-def _run_facts(story: _Story) -> dict[str, Any]:
-    seconds = {
-        path.parent.name: read_record(path.parent).seconds
-        for path in sorted(story.folder.glob("*/result.json"))
-    }
-    rows = {case: _numbers(story, case) | {"verdict": story.scans[case].verdict} for case in _CASES}
-    evidence = read_record(story.folder / "backdoored").model_dump()["evidence"]
-    return {
-        "seed": story.seed,
-        **rows,
-        "seconds": seconds,
-        "reference_confidence": evidence.get("reference_confidence"),
-        "fidelity": story.purified.fidelity,
-    }
-
-
-def _profiles(
-    encoder: Encoder, images: ImageSet, trigger: Trigger, recipe: Recipe, run: Run
-) -> dict[str, Any]:
-    """Figure 3 of MIMIC: the dependence of stages on features for clean and for triggered inputs."""
-    count = min(recipe.purify_count, len(images), 1000)
-    pixels = images.take(Rng(run.rng.seed).child("profile").permutation(len(images))[:count]).float() / 255
-    kinds: dict[str, Trigger | None] = {"profiles": None, "profiles_triggered": trigger}
-    found: dict[str, list[Profile]] = {
-        name: [
-            layer_profile(encoder, pixels, measure=measure, run=run, trigger=stamp)
-            for measure in ("mine", "cka")
-        ]
-        for name, stamp in kinds.items()
-    }
-    return {name: [profile.model_dump(mode="json") for profile in value] for name, value in found.items()}

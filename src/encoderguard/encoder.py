@@ -2,27 +2,22 @@
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoderguard.architectures import build_backbone
 from encoderguard.backbones import Stem
+from encoderguard.bundles import listed, load_state, read_bundle, write_bundle
 from encoderguard.errors import EncoderError
 from encoderguard.random import Rng, isolated
-from encoderguard.storage import write_atomic
 
-__all__ = ["Encoder", "EncoderSpec", "load_state", "read_provenance"]
-
-_FORMAT = "encoderguard.encoder/1"
+__all__ = ["Encoder", "EncoderSpec"]
 
 
 class EncoderSpec(BaseModel):
@@ -191,17 +186,11 @@ class Encoder(nn.Module):
 
     def save(self, path: Path, provenance: dict[str, Any] | None = None) -> Path:
         """Write a one-file safetensors bundle atomically; ``provenance`` goes into its metadata."""
-        header = {
-            "format": _FORMAT,
-            "spec": self.spec.model_dump(mode="json"),
-            "provenance": provenance or {},
-        }
         tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.backbone.state_dict().items()
+            name: value.detach().cpu().contiguous() for name, value in self.backbone.state_dict().items()
         }
-        return write_atomic(
-            path, lambda part: save_file(tensors, part, metadata={"encoderguard": json.dumps(header)})
-        )
+        spec = self.spec.model_dump(mode="json")
+        return write_bundle(path, tensors, spec=spec, provenance=provenance or {})
 
     @classmethod
     def load(cls, path: Path, *, backbone: nn.Module | None = None) -> "Encoder":
@@ -210,7 +199,7 @@ class Encoder(nn.Module):
         Raises:
             EncoderError: not a bundle, a newer format, or keys and shapes that do not fit.
         """
-        header, tensors = _read_bundle(path)
+        header, tensors = read_bundle(path)
         try:
             spec = EncoderSpec.model_validate(header.get("spec"))
         except ValidationError as error:
@@ -224,64 +213,6 @@ class Encoder(nn.Module):
         encoder = cls.build(spec, Rng(0)) if backbone is None else cls(backbone, spec)
         load_state(encoder.backbone, tensors, source=str(path))
         return encoder.eval()
-
-
-def read_provenance(path: Path) -> dict[str, Any]:
-    """The provenance that ``Encoder.save`` stored in a bundle."""
-    return dict(_read_bundle(path)[0].get("provenance", {}))
-
-
-def load_state(module: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
-    """Load tensors by name; every key and shape must fit.
-
-    Raises:
-        EncoderError: lists missing and unexpected keys, or the first shape that differs.
-    """
-    own = module.state_dict()
-    if not any(name.endswith("num_batches_tracked") for name in tensors):
-        tensors = tensors | {
-            name: value for name, value in own.items() if name.endswith("num_batches_tracked")
-        }
-    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or unexpected:
-        raise EncoderError(
-            f"{source} does not fit this architecture: missing keys {_some(missing)}, "
-            f"unexpected keys {_some(unexpected)}; "
-            "check the architecture, width and stem."
-        )
-    for name, value in own.items():
-        if value.shape != tensors[name].shape:
-            raise EncoderError(
-                f"{source} does not fit this architecture: '{name}' should have shape {list(value.shape)}, "
-                f"found {list(tensors[name].shape)}; check the architecture, width and stem."
-            )
-    module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"[{shown}]"
-
-
-def _read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise EncoderError(f"There is no encoder file {path}.")
-    try:
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise EncoderError(f"{path} is not a readable safetensors file: {error}.") from None
-    try:
-        header = dict(json.loads(metadata.get("encoderguard", "{}")))
-    except (ValueError, TypeError):
-        header = {}
-    if header.get("format") != _FORMAT:
-        raise EncoderError(
-            f"{path} is not an EncoderGuard bundle of format {_FORMAT} (found {header.get('format')}); "
-            "name its architecture, as in timm:NAME@FILE or resnet18:FILE, or load it with Encoder.wrap."
-        )
-    return header, tensors
 
 
 def _as_map(output: Tensor, layout: str) -> Tensor:
@@ -305,5 +236,5 @@ def _reset(module: nn.Module) -> None:
     if left:
         raise EncoderError(
             "The wrapped module cannot be re-initialised: "
-            f"no reset_parameters reaches {_some(left)}; give it one."
+            f"no reset_parameters reaches {listed(left)}; give it one."
         )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from encoderguard.architectures import describe, timm_classes
 from encoderguard.backbones import RESNETS, Stem
+from encoderguard.bundles import load_state
 from encoderguard.checkpoints import identify, read_tensors
-from encoderguard.encoder import Encoder, EncoderSpec, load_state
+from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError
 from encoderguard.random import Rng, isolated
 from encoderguard.sanity import check_encoder

@@ -1,0 +1,88 @@
+"""The one-file bundle of an encoder: safetensors, with everything but the weights in its header."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from encoderguard.errors import EncoderError
+from encoderguard.storage import write_atomic
+
+__all__ = ["FORMAT", "listed", "load_state", "read_bundle", "read_provenance", "write_bundle"]
+
+FORMAT = "encoderguard.encoder/1"
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The provenance that ``Encoder.save`` stored in a bundle."""
+    return dict(read_bundle(path)[0].get("provenance", {}))
+
+
+def load_state(module: nn.Module, tensors: dict[str, Tensor], *, source: str) -> None:
+    """Load tensors by name; every key and shape must fit.
+
+    Raises:
+        EncoderError: lists missing and unexpected keys, or the first shape that differs.
+    """
+    own = module.state_dict()
+    if not any(name.endswith("num_batches_tracked") for name in tensors):
+        tensors = tensors | {
+            name: value for name, value in own.items() if name.endswith("num_batches_tracked")
+        }
+    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or unexpected:
+        raise EncoderError(
+            f"{source} does not fit this architecture: missing keys {listed(missing)}, "
+            f"unexpected keys {listed(unexpected)}; "
+            "check the architecture, width and stem."
+        )
+    for name, value in own.items():
+        if value.shape != tensors[name].shape:
+            raise EncoderError(
+                f"{source} does not fit this architecture: '{name}' should have shape {list(value.shape)}, "
+                f"found {list(tensors[name].shape)}; check the architecture, width and stem."
+            )
+    module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+
+
+def listed(names: list[str]) -> str:
+    """Up to six of the names, for a message."""
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"[{shown}]"
+
+
+def write_bundle(
+    path: Path, tensors: dict[str, Tensor], *, spec: dict[str, Any], provenance: dict[str, Any]
+) -> Path:
+    """Write contiguous CPU tensors with their specification atomically."""
+    header = json.dumps({"format": FORMAT, "spec": spec, "provenance": provenance})
+    return write_atomic(path, lambda part: save_file(tensors, part, metadata={"encoderguard": header}))
+
+
+def read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a bundle.
+
+    Raises:
+        EncoderError: no file, not safetensors, or not a bundle of this format.
+    """
+    if not path.is_file():
+        raise EncoderError(f"There is no encoder file {path}.")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise EncoderError(f"{path} is not a readable safetensors file: {error}.") from None
+    try:
+        header = dict(json.loads(metadata.get("encoderguard", "{}")))
+    except (ValueError, TypeError):
+        header = {}
+    if header.get("format") != FORMAT:
+        raise EncoderError(
+            f"{path} is not an EncoderGuard bundle of format {FORMAT} (found {header.get('format')}); "
+            "name its architecture, as in timm:NAME@FILE or resnet18:FILE, or load it with Encoder.wrap."
+        )
+    return header, tensors
