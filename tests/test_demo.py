@@ -15,7 +15,7 @@ from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import SettingError
 from encoderguard.features import extract
 from encoderguard.images import ImageSet, load_images
-from encoderguard.information import layer_profile
+from encoderguard.information import Measure, layer_profile
 from encoderguard.random import Rng
 from encoderguard.recipes import RECIPES, recipe_named
 from encoderguard.references import choose_reference
@@ -125,9 +125,9 @@ def test_the_reference_is_the_candidate_the_probe_is_surest_of() -> None:
 
 
 @pytest.mark.parametrize("measure", ["cka", "gaussian", "mine"])
-def test_a_profile_stands_out_of_its_shuffled_pairs(measure: str) -> None:
+def test_a_profile_stands_out_of_its_shuffled_pairs(measure: Measure) -> None:
     pixels = load_images("digits:train").take(range(300)).float() / 255
-    profile = layer_profile(encoder(), pixels, measure=measure, run=Run(rng=Rng(0)), epochs=10)  # type: ignore[arg-type]
+    profile = layer_profile(encoder(), pixels, measure=measure, run=Run(rng=Rng(0)), epochs=10)
     assert [stage.tap for stage in profile.stages] == ["layer1", "layer2", "layer3", "layer4"]
     assert profile.stages[-1].held_out > profile.stages[-1].null + 3 * profile.stages[-1].null_spread
     triggered = layer_profile(
@@ -136,7 +136,7 @@ def test_a_profile_stands_out_of_its_shuffled_pairs(measure: str) -> None:
         measure=measure,
         run=Run(rng=Rng(0)),
         epochs=10,
-        trigger=Patch(size=8),  # type: ignore[arg-type]
+        trigger=Patch(size=8),
     )
     assert triggered != profile
 

@@ -24,7 +24,7 @@ _ALONE = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class CleanScore:
-    """DECREE's score (mean of the mask, in [0, 1]) of one clean encoder, and where it comes from."""
+    """DECREE's score (mean of the mask, in [0, 1]) of one clean encoder, and its origin."""
 
     architecture: str
     width: int

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from encoderguard.triggers import MaskedPattern
 
 __all__ = ["Candidate", "Inversion", "Objective", "SearchPlan", "invert"]
 
+T = TypeVar("T")
 Objective = Callable[[Tensor], Tensor]
 """Maps float32 features ``[R, B, D]`` of stamped images to a loss ``[R]``, each from its own slice."""
 Outcome = Literal["converged", "dropped", "budget"]
@@ -38,8 +39,9 @@ class SearchPlan:
     goal: float
     """A step succeeds when its loss is below this."""
     restarts: int = 3
-    batch_size: int = 128
-    """Images per step; every restart gets the same ones."""
+    batch_sizes: tuple[tuple[int, int], ...] = ((0, 128),)
+    """(first step, images per step), ascending; every restart gets the same images. No restart converges before
+    the last size is reached."""
     max_steps: int = 2000
     seconds: float | None = None
     """Wall-clock budget; the best so far is returned. Results then depend on the machine's speed."""
@@ -117,7 +119,7 @@ class _Restarts:
 
     def step(self, number: int, images: Tensor, encoder: Encoder, objective: Objective, run: Run) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = [rate for first, rate in self.plan.learning_rates if first <= number][-1]
+            group["lr"] = _at(number, self.plan.learning_rates)
         mask = torch.stack([_squash(self.masks[r]) for r in self.active])
         pattern = torch.stack([_squash(self.patterns[r]) for r in self.active])
         stamped = torch.lerp(images[None], pattern[:, None], mask[:, None, None])
@@ -169,7 +171,8 @@ class _Restarts:
             mean = sum(self.losses[r]) / len(self.losses[r])
             self.history[f"loss/{r}"].append(mean)
             self.history[f"size/{r}"].append(self.smallest(r))
-            if mean < self.plan.goal and self.stale[r] > self.plan.stale_steps:
+            settled = before >= self.plan.batch_sizes[-1][0] and self.stale[r] > self.plan.stale_steps
+            if mean < self.plan.goal and settled:
                 self._end(r, "converged")
             self.losses[r].clear()
         for _ in range(sum(before < rung <= number for rung in self.plan.rungs)):
@@ -204,9 +207,9 @@ def invert(
     fast, folded = fast_frozen(encoder, pixels[:8].float() / 255, run)
     state = _Restarts(plan, (pixels.shape[-2], pixels.shape[-1]), run)
     deadline = time.monotonic() + plan.seconds if plan.seconds is not None else float("inf")
-    batch_size = min(plan.batch_size, len(pixels))
-    rounds = plan.round_steps or len(pixels) // batch_size
-    for number, batch in zip(range(plan.max_steps), _batches(pixels, batch_size, run), strict=False):
+    sizes = tuple((first, min(size, len(pixels))) for first, size in plan.batch_sizes)
+    rounds = plan.round_steps or len(pixels) // sizes[0][1]
+    for number, batch in zip(range(plan.max_steps), _batches(pixels, sizes, run), strict=False):
         run.check_stop()
         state.step(number, batch, fast, objective, run)
         if (number + 1) % rounds == 0:
@@ -227,12 +230,19 @@ def invert(
     )
 
 
-def _batches(pixels: Tensor, size: int, run: Run) -> Iterator[Tensor]:
+def _batches(pixels: Tensor, sizes: tuple[tuple[int, int], ...], run: Run) -> Iterator[Tensor]:
     """Endless full float batches, in a new order each pass over the images."""
+    number = 0
     for epoch in itertools.count():
-        order = run.rng.permutation(len(pixels), "order", epoch).to(pixels.device)
-        for first in range(0, len(pixels) - size + 1, size):
+        order, first = run.rng.permutation(len(pixels), "order", epoch).to(pixels.device), 0
+        while first + (size := _at(number, sizes)) <= len(pixels):
             yield pixels[order[first : first + size]].float() / 255
+            number, first = number + 1, first + size
+
+
+def _at(number: int, steps: tuple[tuple[int, T], ...]) -> T:
+    """The value of the last entry whose first step is not after ``number``."""
+    return [value for first, value in steps if first <= number][-1]
 
 
 def _logit(uniform: Tensor) -> Tensor:

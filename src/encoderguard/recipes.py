@@ -51,7 +51,7 @@ _DIGITS = Recipe(
     attack={"epochs": 20, "batch_size": 128, "optimizer": "adam", "lr": 3e-4, "trigger_size": 8},
     scan_count=300,
     purify_count=300,
-    purify={"batch_size": 100},
+    purify={"batch_size": 100, "epochs": 100},
     probe="linear",
 )
 _CIFAR10 = Recipe(
@@ -68,7 +68,7 @@ _CIFAR10 = Recipe(
     attack={"epochs": 8, "optimizer": "adam", "lr": 3e-4},
     scan_count=1000,
     purify_count=2000,
-    probe="mlp-quick",
+    probe="linear",
 )
 _PAPER = Recipe(
     name="paper",

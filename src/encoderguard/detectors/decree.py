@@ -23,9 +23,10 @@ __all__ = ["Decree"]
 _LARGE = 64
 """Sides above this use the authors' long schedule (theirs is 224 px)."""
 _ROUND = 8
-"""Steps between two looks at the stop rule in the fast schedule: what 1,000 images in batches of 128 make."""
-_FEW, _SLACK = 256, 0.002
-"""A candidate that misses by more than the slack on about so many images is not tried on all."""
+"""Steps between two looks at the fast schedule's stop rule: as 1,000 images in batches of 128 make. Its other
+lengths are multiples, chosen on two backdoored and two clean encoders of digits, four seeds each."""
+_FEW = 256
+"""A candidate that fails on about so many images is not tried on all: the next one is little larger."""
 
 
 @final
@@ -50,10 +51,11 @@ class Decree(Detector):
     restarts: Annotated[int, Field(ge=1)] = 3
     """Random starts; the smallest verified mask decides."""
     batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Images per step, at most all; None takes 64 in the ``fast`` schedule and 128 in the authors'."""
+    """Images per step, at most all; None takes 32, then 64, in the ``fast`` schedule and 128 in the authors'."""
     schedule: Literal["fast", "authors"] = "fast"
     """``authors``: every restart runs to their stop rule, which is looked at once per pass over the images.
-    ``fast``: it is looked at every 8 steps, and every 16 steps the worse half of the restarts is dropped."""
+    ``fast``: smaller batches, a stop rule every 8 steps, and from step 24 on the worse half of the restarts is
+    dropped until one is left."""
     max_epochs: Annotated[int, Field(ge=1)] = 1000
     """Passes over the images at most."""
     max_steps: Annotated[int, Field(ge=1)] = 3000
@@ -115,23 +117,36 @@ class Decree(Detector):
         return [{"score": entry.score, "images": entry.images, "source": entry.source} for entry in known]
 
     def _plan(self, images: ImageSet) -> SearchPlan:
-        """The authors' schedule in steps, or the shortened one."""
-        large, fast = max(images.shape) > _LARGE, self.schedule == "fast"
-        batch = min(self.batch_size or (64 if fast else 128), len(images))
-        epoch = len(images) // batch
+        """The authors' schedule, in steps."""
+        large = max(images.shape) > _LARGE
+        size = self.batch_size or 128
+        epoch = max(1, len(images) // size)
         drops = (200, 500) if large else (30, 50)
-        halvings = math.ceil(math.log2(self.restarts))
-        return SearchPlan(
+        authors = SearchPlan(
             goal=-self.beta,
             restarts=self.restarts,
-            batch_size=batch,
+            batch_sizes=((0, size),),
             max_steps=min(self.max_epochs * epoch, self.max_steps),
             seconds=self.seconds,
             learning_rates=((0, 0.5), (drops[0] * epoch, 0.1), (drops[1] * epoch, 0.05)),
             penalty=LambdaRule(lowest=1e-7 if large else 1e-5),
             stale_steps=35 if large else 10,
-            round_steps=_ROUND if fast else None,
-            rungs=tuple(2 * _ROUND * (k + 1) for k in range(halvings)) if fast else (),
+        )
+        return (
+            authors if self.schedule == "authors" else self._shortened(authors, _ROUND * (2 if large else 1))
+        )
+
+    def _shortened(self, authors: SearchPlan, look: int) -> SearchPlan:
+        """The same search with a look at who is ahead every ``look`` steps."""
+        halvings = math.ceil(math.log2(self.restarts))
+        sizes = ((0, 32), (3 * look, 64)) if self.batch_size is None else authors.batch_sizes
+        return replace(
+            authors,
+            batch_sizes=sizes,
+            round_steps=look,
+            rungs=tuple((3 + k) * look for k in range(halvings)),
+            stale_steps=2 * look,
+            least_gain=0.01,
         )
 
     def _verify(
@@ -144,7 +159,7 @@ class Decree(Detector):
             for part in (few, images):
                 features = extract(encoder, part, run=exact, trigger=candidate.trigger).to(exact.device)
                 value = float(cosine(features))
-                if value <= self.beta - (_SLACK if part is few else 0):
+                if value <= self.beta:
                     break
             else:
                 return candidate, {"cosine_of_stamped_images": value, "candidates_tried": tried}
