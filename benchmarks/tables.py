@@ -61,7 +61,7 @@ def ablation(record: dict[str, Any]) -> list[str]:
     before = record["undefended"]
     lines = [
         f"Undefended: ACC {100 * before['acc']:.1f} %, ASR {100 * before['asr']:.1f} %; clean encoder: ACC "
-        f"{100 * before['clean_acc']:.1f} %, ASR {100 * before['clean_asr']:.1f} %. {record["probe"]} probe.",
+        f"{100 * before['clean_acc']:.1f} %, ASR {100 * before['clean_asr']:.1f} %. {record['probe']} probe.",
         "",
         "| settings that differ from the default | seed | ACC % | ASR % | CKA to suspect | seconds |",
         "|---|---|---|---|---|---|",

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -49,7 +50,7 @@ def anchors(text: str) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every ``encoderguard COMMAND ...`` in code: fenced, indented (lines joined) or in a span."""
+    """The words of every ``encoderguard COMMAND ...`` in a fence, an indented line or a span."""
     joined = re.sub(r"\\\n\s*", " ", text)
     blocks = re.findall(r"(?ms)^ *```\w*\n(.*?)^ *```", joined)
     code = "\n".join([*blocks, *re.findall(r"(?m)^(?: {4}|\t).*", joined)])
@@ -82,7 +83,7 @@ FAMILY_OF: dict[str, tuple[Family, str]] = {
 
 
 def _wrong_settings(words: list[str]) -> Iterator[str]:
-    pairs = zip(words, words[1:], strict=False)
+    pairs = itertools.pairwise(words)
     given = {value.partition("=")[0] for option, value in pairs if option in ("-p", "--setting")}
     if words[0] not in FAMILY_OF:
         return
@@ -184,7 +185,7 @@ def test_the_card_of_decree_lists_every_built_in_score() -> None:
         ("encoderguard scans the user's encoders\nEncoderGuard scans", []),
         ("```sh\nencoderguard scan e --json | head --lines 3\n```", []),
         ("`encoderguard scann e`", ["there is no command 'scann'"]),
-        ("$ encoderguard scan e --trigger t.json", ["'scan' has no option --trigger"]),
+        ("    $ encoderguard scan e --trigger t.json", ["'scan' has no option --trigger"]),
         ("    encoderguard purify e -p colour=red", ["mimic has no setting 'colour'"]),
         ("    encoderguard attack badencoder e -p epochs=1 --target 0", []),
     ],

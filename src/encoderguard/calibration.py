@@ -19,7 +19,7 @@ FeatureSpace = Literal["raw", "standardised"]
 _CLOSE = 1.1
 """A score from ``min(clean) / 1.1`` on counts as inside the clean encoders' own variation."""
 _ALONE = 5.0
-"""Without any clean reference a score must undercut tau by this factor: clean encoders down to .02 are known."""
+"""Without any clean reference a score must undercut tau by this factor: some clean encoders score .02."""
 
 
 @dataclass(frozen=True, kw_only=True)

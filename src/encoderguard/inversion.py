@@ -40,8 +40,8 @@ class SearchPlan:
     """A step succeeds when its loss is below this."""
     restarts: int = 3
     batch_sizes: tuple[tuple[int, int], ...] = ((0, 128),)
-    """(first step, images per step), ascending; every restart gets the same images. No restart converges before
-    the last size is reached."""
+    """(first step, images per step), ascending; the same images for all restarts. None converges before the
+    last size is reached."""
     max_steps: int = 2000
     seconds: float | None = None
     """Wall-clock budget; the best so far is returned. Results then depend on the machine's speed."""
@@ -54,6 +54,8 @@ class SearchPlan:
     stale_steps: int = 10
     """A restart converges at the end of a round whose mean loss is below ``goal`` after more steps than this
     without improvement."""
+    contested: bool = False
+    """Only a round with a failed step can be the last: while all succeed, lambda still rises."""
     least_gain: float = 0.0
     """Relative decrease of the smallest mask that counts as an improvement for ``stale_steps``."""
     rungs: tuple[int, ...] = ()
@@ -167,16 +169,17 @@ class _Restarts:
     def end_round(self, number: int) -> None:
         """Apply the stop rule and the rungs; ``number`` steps are done."""
         before = number - len(self.losses[self.active[0]])
-        for r in list(self.active):
-            mean = sum(self.losses[r]) / len(self.losses[r])
+        means = {r: sum(self.losses[r]) / len(self.losses[r]) for r in self.active}
+        for r, mean in means.items():
             self.history[f"loss/{r}"].append(mean)
             self.history[f"size/{r}"].append(self.smallest(r))
             settled = before >= self.plan.batch_sizes[-1][0] and self.stale[r] > self.plan.stale_steps
-            if mean < self.plan.goal and settled:
-                self._end(r, "converged")
+            contested = not self.plan.contested or max(self.losses[r]) >= self.plan.goal
             self.losses[r].clear()
+            if settled and contested and mean < self.plan.goal:
+                self._end(r, "converged")
         for _ in range(sum(before < rung <= number for rung in self.plan.rungs)):
-            order = sorted(self.active, key=self.smallest)
+            order = sorted(self.active, key=lambda r: (self.smallest(r), means[r]))
             for r in order[(len(order) + 1) // 2 :]:
                 self._end(r, "dropped")
 

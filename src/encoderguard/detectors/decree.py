@@ -51,10 +51,10 @@ class Decree(Detector):
     restarts: Annotated[int, Field(ge=1)] = 3
     """Random starts; the smallest verified mask decides."""
     batch_size: Annotated[int, Field(ge=2)] | None = None
-    """Images per step, at most all; None takes 32, then 64, in the ``fast`` schedule and 128 in the authors'."""
+    """Images per step, at most all; None takes 32, then 64 in the ``fast`` schedule, 128 in the authors'."""
     schedule: Literal["fast", "authors"] = "fast"
-    """``authors``: every restart runs to their stop rule, which is looked at once per pass over the images.
-    ``fast``: smaller batches, a stop rule every 8 steps, and from step 24 on the worse half of the restarts is
+    """``authors``: every restart runs to their stop rule, looked at once per pass over the images.
+    ``fast``: smaller batches, a stop rule every 8 steps; from step 24 on the worse half of the restarts is
     dropped until one is left."""
     max_epochs: Annotated[int, Field(ge=1)] = 1000
     """Passes over the images at most."""
@@ -63,7 +63,7 @@ class Decree(Detector):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Time budget of the search; the best so far is used. The result then depends on the machine."""
     feature_space: FeatureSpace = "raw"
-    """Where cosines are taken: ``raw`` as published, or after standardising features over the clean images."""
+    """Where cosines are taken: ``raw`` as published, or with features standardised over the clean images."""
     calibrated: bool = True
     """Judge against clean references too, "inconclusive" where they do not decide; else score < tau alone."""
     margin: Annotated[float, Field(ge=1)] = 1.5
@@ -82,12 +82,12 @@ class Decree(Detector):
             Stopped: the user asked to stop.
         """
         require_images(images, 2, "DECREE")
-        exact = replace(run, precision="float32")
         standardised = self.feature_space == "standardised"
+        exact = replace(run, precision="float32")
         clean = extract(encoder, images if standardised else _some(images), run=exact).to(run.device)
         cosine = _Cosine(clean if standardised else None)
         found = invert(encoder, images, _negative(cosine), self._plan(images), run=run.child("decree"))
-        best, measured = self._verify(encoder, images, cosine, found, exact)
+        best, measured = self._verify(encoder, images, cosine, found, run)
         score = best.size if best is not None else 1.0
         known = known_clean(encoder.spec, max(images.shape), self.feature_space)
         judgement = self._judge(score, known, best is not None)
@@ -150,14 +150,14 @@ class Decree(Detector):
         )
 
     def _verify(
-        self, encoder: Encoder, images: ImageSet, cosine: "_Cosine", found: Inversion, exact: Run
+        self, encoder: Encoder, images: ImageSet, cosine: "_Cosine", found: Inversion, run: Run
     ) -> tuple[Candidate | None, dict[str, Any]]:
         """The smallest candidate that holds in float32 on all images, and what was measured on the way."""
         queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)
-        few = _some(images)
+        looks = ((_some(images), run), (images, replace(run, precision="float32")))
         for tried, candidate in enumerate(queue, start=1):
-            for part in (few, images):
-                features = extract(encoder, part, run=exact, trigger=candidate.trigger).to(exact.device)
+            for part, how in looks:
+                features = extract(encoder, part, run=how, trigger=candidate.trigger).to(run.device)
                 value = float(cosine(features))
                 if value <= self.beta:
                     break
