@@ -1,5 +1,7 @@
 """Methods by family and name. A method is one file that holds one registered dataclass."""
 
+import ast
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
@@ -124,10 +126,9 @@ def _parse(cls: type[Method], name: str, adapter: TypeAdapter[Any], value: Any) 
         try:
             return adapter.validate_python(value)
         except ValidationError:
-            try:  # lists, tuples and null come as JSON: -p sizes=[3,5]
-                return adapter.validate_json(value)
-            except ValidationError:
-                pass
+            # lists and tuples come as Python or JSON writes them: -p sizes=[3,5]
+            with contextlib.suppress(ValidationError, ValueError, SyntaxError):
+                return adapter.validate_python(ast.literal_eval(value))
     return _coerce(cls, name, adapter, value)
 
 
@@ -144,7 +145,6 @@ def _coerce(cls: type[Method], name: str, adapter: TypeAdapter[Any], value: Any)
 
 def setting_docs(cls: type[Method]) -> list[dict[str, Any]]:
     """Name, type, default and docstring of each setting, for ``--help``, ``list`` and the docs."""
-    import ast
     import inspect
     import textwrap
 

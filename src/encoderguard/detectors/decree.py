@@ -25,6 +25,8 @@ _LARGE = 64
 _ROUND = 8
 """Steps between two looks at the fast schedule's stop rule: as 1,000 images in batches of 128 make. Its other
 lengths are multiples, chosen on two backdoored and two clean encoders of digits, four seeds each."""
+_POWERS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Of the mask, tried one after another if no candidate holds on all images."""
 _FEW = 256
 """A candidate that fails on about so many images is not tried on all: the next one is little larger."""
 
@@ -154,6 +156,7 @@ class Decree(Detector):
     ) -> tuple[Candidate | None, dict[str, Any]]:
         """The smallest candidate that holds in float32 on all images, and what was measured on the way."""
         queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)
+        queue += [_grown(queue[0], power) for power in _POWERS if queue]
         looks = ((_some(images), run), (images, replace(run, precision="float32")))
         for tried, candidate in enumerate(queue, start=1):
             for part, how in looks:
@@ -176,6 +179,12 @@ class Decree(Detector):
             return judgement
         reason = f"no restart found a trigger with mean cosine above {self.beta:g} on all images"
         return replace(judgement, verdict="inconclusive", reason=reason)
+
+
+def _grown(candidate: Candidate, power: float) -> Candidate:
+    """The same trigger with a fuller mask: what a search stopped too early falls back to."""
+    mask = candidate.trigger.mask**power
+    return replace(candidate, size=float(mask.mean()), trigger=replace(candidate.trigger, mask=mask))
 
 
 def _some(images: ImageSet) -> ImageSet:
