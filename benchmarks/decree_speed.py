@@ -5,10 +5,11 @@ restart after another, float64 trigger parameters, stamped *and* clean inputs no
 sides run in this process on the same images; the record holds wall and CPU seconds, scores and verdicts. CPU
 seconds are the ones to compare on a machine that does other work too.
 
-    python benchmarks/decree_speed.py clean.safetensors backdoored.safetensors --images digits --count 1000
+    python benchmarks/decree_speed.py clean.safetensors backdoored.safetensors --images digits --seeds 0 1 2
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -113,11 +114,11 @@ def timed(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
     return result, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
-def compare(path: Path, images: ImageSet, options: argparse.Namespace) -> dict[str, Any]:
+def compare(path: Path, seed: int, images: ImageSet, options: argparse.Namespace) -> dict[str, Any]:
     """Both sides on one encoder."""
     encoder = Encoder.load(path)
     detector = Decree(restarts=options.restarts)
-    seeds = Rng(options.seed)
+    seeds = Rng(seed)
     detection, ours = timed(lambda: detector.detect(encoder, images, run=Run(rng=seeds.child("ours"))))
     plain = Straightforward(encoder.clone(), images, seeds.child("plain"), options.max_epochs)
     scores, theirs = timed(lambda: plain.scores(options.restarts))
@@ -126,6 +127,7 @@ def compare(path: Path, images: ImageSet, options: argparse.Namespace) -> dict[s
     verdict = judge(min(scores), tau=detector.tau, margin=detector.margin, table=table).verdict
     return {
         "encoder": path.name,
+        "seed": seed,
         "fingerprint": encoder.fingerprint,
         "ours": {
             "score": detection.score,
@@ -157,16 +159,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="images drawn from them")
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--max-epochs", type=int, default=1000, help="of the straightforward side")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of the searches; images are drawn once"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "decree_speed.json")
     options = parser.parse_args()
     everything = load_images(options.images)
-    images = everything.sample(min(options.count, len(everything)), Rng(options.seed).child("images"))
+    images = everything.sample(min(options.count, len(everything)), Rng(0).child("images"))
     rows = []
-    for path in options.encoders:
-        rows.append(row := compare(path, images, options))
+    for path, seed in itertools.product(options.encoders, options.seeds):
+        rows.append(row := compare(path, seed, images, options))
         print(
-            f"{row['encoder']}: {row['wall_ratio']:.1f}x wall, {row['cpu_ratio']:.1f}x CPU; "
+            f"{row['encoder']} seed {seed}: {row['wall_ratio']:.1f}x wall, {row['cpu_ratio']:.1f}x CPU; "
             f"{row['ours']['score']:.4f} {row['ours']['verdict']} against "
             f"{row['straightforward']['score']:.4f} {row['straightforward']['verdict']}",
             flush=True,
@@ -181,7 +185,6 @@ def main() -> None:
         "images": images.name,
         "digest": images.digest,
         "count": len(images),
-        "seed": options.seed,
         "machine": {
             "processor": platform.processor(),
             "threads": torch.get_num_threads(),

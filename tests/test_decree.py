@@ -155,7 +155,8 @@ def test_the_authors_schedule_in_steps() -> None:
 def test_the_fast_schedule_ends_with_one_restart(restarts: int, rungs: tuple[int, ...]) -> None:
     plan = Decree(restarts=restarts)._plan(shadow())
     assert plan.rungs == rungs
-    assert plan.batch_sizes == ((0, 32), (24, 64))
+    assert plan.goal == pytest.approx(-0.992)
+    assert plan.batch_sizes == ((0, 16), (24, 32))
 
 
 def test_misuse_is_named() -> None:
