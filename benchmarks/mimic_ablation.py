@@ -24,20 +24,16 @@ from encoderguard.storage import write_text
 
 ROWS: list[dict[str, Any]] = [
     {},
-    {"patches": 0.0},
-    {"patches": 0.0, "weighting": "uniform"},
+    {"patches": 0.0, "lambda2": 1.0},
+    {"patches": 0.0, "lambda2": 1.0, "weighting": "uniform"},
     {"patches": 0.0, "lambda2": 0.0},
-    {"patches": 0.0, "lambda1": 0.0},
-    {"patches": 0.0, "lambda1": 0.0, "lambda2": 0.0},
-    {"patches": 0.0, "lambda1": 0.3},
-    {"patches": 0.5, "lambda1": 0.3},
-    {"patches": 0.5, "lambda1": 0.0},
-    {"patches": 0.0, "lambda1": 0.3, "compare": "first"},
-    {"patches": 0.0, "reduction": "mean", "alpha0": 1000.0, "alpha1": 10000.0},
-    {"patches": 0.0, "weighting": "zscore", "alpha0": 1.0, "alpha1": 1.0},
+    {"patches": 0.0, "lambda2": 1.0, "lambda1": 0.0},
+    {"patches": 0.0, "lambda2": 0.0, "lambda1": 0.0},
+    {"patches": 0.0, "lambda2": 1.0, "lambda1": 0.3},
     {"patches": 0.0, "lambda2": 3.0},
-    {"patches": 0.0, "lambda1": 2.0, "lambda2": 3.0},
-    {"patches": 0.2, "lambda2": 3.0},
+    {"patches": 0.0, "lambda2": 3.0, "lambda1": 2.0},
+    {"patches": 0.5, "lambda2": 1.0},
+    {"patches": 0.0, "lambda2": 1.0, "weighting": "zscore", "alpha0": 1.0, "alpha1": 1.0},
 ]
 
 

@@ -103,13 +103,6 @@ def test_batches_may_grow_and_nobody_converges_before() -> None:
     assert min(found.steps) > 40
 
 
-def test_a_round_without_a_failure_is_not_the_last() -> None:
-    plan = replace(PLAN, goal=1.0, round_steps=4, stale_steps=0, least_gain=1.0, max_steps=40)
-    assert set(invert(toy(), images(), dark, plan, run=RUN).outcomes) == {"converged"}
-    contested = replace(plan, contested=True)
-    assert set(invert(toy(), images(), dark, contested, run=RUN).outcomes) == {"budget"}
-
-
 def test_a_time_budget_returns_the_best_so_far() -> None:
     found = invert(toy(), images(), dark, replace(PLAN, seconds=0.0, round_steps=1), run=RUN)
     assert found.steps == (1, 1, 1)

@@ -54,8 +54,6 @@ class SearchPlan:
     stale_steps: int = 10
     """A restart converges at the end of a round whose mean loss is below ``goal`` after more steps than this
     without improvement."""
-    contested: bool = False
-    """Only a round with a failed step can be the last: while all succeed, lambda still rises."""
     least_gain: float = 0.0
     """Relative decrease of the smallest mask that counts as an improvement for ``stale_steps``."""
     rungs: tuple[int, ...] = ()
@@ -174,9 +172,8 @@ class _Restarts:
             self.history[f"loss/{r}"].append(mean)
             self.history[f"size/{r}"].append(self.smallest(r))
             settled = before >= self.plan.batch_sizes[-1][0] and self.stale[r] > self.plan.stale_steps
-            contested = not self.plan.contested or max(self.losses[r]) >= self.plan.goal
             self.losses[r].clear()
-            if settled and contested and mean < self.plan.goal:
+            if settled and mean < self.plan.goal:
                 self._end(r, "converged")
         for _ in range(sum(before < rung <= number for rung in self.plan.rungs)):
             order = sorted(self.active, key=lambda r: (self.smallest(r), means[r]))

@@ -141,7 +141,7 @@ class Decree(Detector):
     def _shortened(self, authors: SearchPlan, look: int) -> SearchPlan:
         """The same search with a look at who is ahead every ``look`` steps.
 
-        The best of many small batches flatters a candidate; a fifth of the way from ``beta`` to 1 makes up for it.
+        The best of many small batches flatters a candidate; a fifth of the way to 1 makes up for it.
         """
         halvings = math.ceil(math.log2(self.restarts))
         sizes = ((0, 16), (3 * look, 32)) if self.batch_size is None else authors.batch_sizes
