@@ -218,6 +218,29 @@ def test_an_untraceable_backbone_is_used_as_it_is() -> None:
     torch.testing.assert_close(fast(sample), encoder.eval()(sample))
 
 
+class FixedBatch(nn.Module):
+    """Right for the batch that it was made with only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).view(2, 3)
+
+
+class AnyBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.pool(x)
+        return y.mean((2, 3))
+
+
+def test_a_folded_copy_that_fixes_the_batch_size_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "_fold", lambda backbone: FixedBatch())
+    encoder, sample = Encoder.wrap(AnyBatch(), taps=("pool",)), torch.rand(2, 3, 8, 8)
+    assert not fast_frozen(encoder, sample, RUN)[1]
+
+
 def test_a_folded_copy_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, sample = small_resnet(), torch.rand(2, 3, 32, 32)
     monkeypatch.setattr(folding, "_fold", lambda backbone: small_resnet().backbone.eval())

@@ -52,8 +52,7 @@ class SearchPlan:
     round_steps: int | None = None
     """Steps between two looks at stop rule and rungs; None is one pass over the images."""
     stale_steps: int = 10
-    """A restart converges at the end of a round whose mean loss is below ``goal`` after more steps than this
-    without improvement."""
+    """A restart converges after a round of mean loss below ``goal`` if it has not improved for more steps."""
     least_gain: float = 0.0
     """Relative decrease of the smallest mask that counts as an improvement for ``stale_steps``."""
     rungs: tuple[int, ...] = ()
@@ -95,15 +94,14 @@ class _Restarts:
     """The state of all restarts: parameters, lambdas, best candidates, who still runs."""
 
     def __init__(self, plan: SearchPlan, size: tuple[int, int], run: Run) -> None:
-        self.plan, self.device = plan, run.device
+        self.plan = plan
         self.active = list(range(plan.restarts))
         self.masks, self.patterns = [], []
         for r in self.active:
             generator = run.rng.generator("restart", r)
             self.masks.append(_logit(torch.rand(size, generator=generator)).to(run.device).requires_grad_())
-            self.patterns.append(
-                _logit(torch.rand(3, *size, generator=generator)).to(run.device).requires_grad_()
-            )
+            uniform = torch.rand(3, *size, generator=generator)
+            self.patterns.append(_logit(uniform).to(run.device).requires_grad_())
         self.optimizer = torch.optim.Adam([*self.masks, *self.patterns], lr=1.0, betas=plan.betas)
         self.penalty = LambdaController(plan.penalty, plan.restarts)
         self.candidates: list[list[Candidate]] = [[] for _ in self.active]
@@ -127,9 +125,8 @@ class _Restarts:
             features = encoder(stamped.flatten(0, 1))
         loss = objective(features.float().unflatten(0, stamped.shape[:2]))
         which = torch.tensor(self.active)
-        weight = self.penalty.value[which].to(mask)
         # |m|_1 counts the three channels that share the mask
-        total = loss + weight * 3 * mask.sum((1, 2))
+        total = loss + self.penalty.value[which].to(mask) * 3 * mask.sum((1, 2))
         self.optimizer.zero_grad(set_to_none=True)
         total.sum().backward()  # type: ignore[no-untyped-call]
         self._record(number, mask.detach(), pattern.detach(), loss.detach(), which)
