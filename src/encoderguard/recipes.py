@@ -68,6 +68,7 @@ _CIFAR10 = Recipe(
     attack={"epochs": 8, "optimizer": "adam", "lr": 3e-4},
     scan_count=1000,
     purify_count=2000,
+    purify={"epochs": 50},
     probe="linear",
 )
 _PAPER = Recipe(

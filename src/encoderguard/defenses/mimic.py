@@ -74,7 +74,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "lr": 3e-3,
         "weight_decay": 1e-4,
         "schedule": "one_cycle",
-        "epochs": 50,
+        "epochs": 100,
         "compare": "both",
         "patches": 0.3,
     },
