@@ -10,8 +10,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 CHECKED := src tests $(wildcard benchmarks)
 
-# One thread per test worker: workers that each start a thread per core only slow each other down.
-test slow: export OMP_NUM_THREADS = 1
+# One thread: test workers that each start a thread per core only slow each other down, and the demo's small network
+# gains nothing from a second one (and two threads once ended in a crash inside a kernel).
+test slow demo: export OMP_NUM_THREADS = 1
 
 .PHONY: venv lint test slow demo clean
 
