@@ -2,8 +2,7 @@
 
 The crop, the flip and the resampling are one ``grid_sample``; the colour operations are those of
 torchvision's ``ColorJitter`` (same factors and formulas, hue in HSV) in a fixed order instead of a random one
-per image. That keeps it a few per cent of a training step on a CPU (``benchmarks/step_speed.py``), where the
-per-sample transforms of kornia would be a large part of it.
+per image. That keeps it a few per cent of a training step on a CPU (``benchmarks/step_speed.py``).
 """
 
 from dataclasses import dataclass

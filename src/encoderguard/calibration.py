@@ -1,7 +1,7 @@
 """What DECREE's score is on known clean encoders, and when a margin carries a verdict. Label-free.
 
 The paper's fixed threshold, .1, is close to what clean encoders reach (ResNet-18 on CIFAR-10: .09-.13) or far
-above it (on digits: .02-.06), so a score is judged against clean references wherever there are any. With m
+above it (on digits: .01-.06), so a score is judged against clean references wherever there are any. With m
 references the smallest rank p-value is 1 / (m + 1): a few cannot give significance, only a ratio. So a ratio
 decides, and the p-value is reported beside it.
 """

@@ -28,7 +28,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 def attention_map(stage: Tensor, p: int = 2) -> Tensor:
     """``sum_c |A_c|^p`` of ``[N, C, H, W]``, divided by its L2 norm: ``[N, HW]`` (MIMIC Eq. 6 and 7)."""
-    # squares in the stage's own precision, summed in float32: a third of the time of converting first
+    # squares in the stage's own precision, summed in float32: converting first costs more
     powers = stage.square() if p == 2 else stage.abs().pow(p)
     return F.normalize(powers.sum(1, dtype=torch.float32).flatten(1), dim=1, eps=1e-6)
 

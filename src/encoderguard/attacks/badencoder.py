@@ -34,7 +34,7 @@ class BadEncoder(EncoderAttack):
     ``L0 = -s(f'(x + e), f'(r))``, ``L1 = -s(f'(aug r), f(r))``, ``L2 = -s(f'(x), f(x))`` and the loss is
     ``L0 + lambda1 L1 + lambda2 L2``. BatchNorm is frozen: statistics and affine parameters.
 
-    Same as the authors' code, at a third of its cost: f(x) is computed once for the shadow set, which is not
+    Same as the authors' code, at less cost: f(x) is computed once for the shadow set, which is not
     augmented, and a reference is forwarded once per step and broadcast, not once per image. The augmented
     reference is drawn ``reference_views`` times per step instead of once per image.
     """
@@ -49,7 +49,7 @@ class BadEncoder(EncoderAttack):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate, constant."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """The authors use SGD; Adam at 3e-4 plants the backdoor in a tenth of the steps."""
+    """The authors use SGD; the short recipes use Adam at 3e-4."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
