@@ -1,5 +1,7 @@
 """A faster copy of an encoder for searches that change only its input: frozen, folded, weights cast once."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,11 @@ def fast_frozen(encoder: Encoder, sample: Tensor, run: Run) -> tuple[Encoder, bo
 
 
 def _fold(backbone: nn.Module) -> nn.Module | None:
-    from torch.fx.experimental.optimization import fuse
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # torch 2.11 warns of itself when this is imported
+        from torch.fx.experimental.optimization import fuse
 
     if not any(isinstance(part, nn.BatchNorm2d) for part in backbone.modules()):
         return None
