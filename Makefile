@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.stamp
 CHECKED := src tests $(wildcard benchmarks)
 
 # One thread: test workers that each start a thread per core only slow each other down, and the demo's small network
-# gains nothing from a second one (and two threads once ended in a crash inside a kernel).
+# gains nothing from a second one.
 test slow demo: export OMP_NUM_THREADS = 1
 
 .PHONY: venv lint test slow demo clean

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from encoderguard.backbones import ResNet
 from encoderguard.bundles import read_provenance
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError
@@ -265,3 +268,36 @@ def test_an_exported_encoder_loads_in_torchvision_and_timm(tmp_path: Path) -> No
         expected = model(images(size=64))
         for module in (theirs, other):
             assert torch.allclose(module.eval()(images(size=64)), expected, atol=1e-5)
+
+
+# --- narrow networks on the CPU -------------------------------------------------------------------
+
+TRAINS_NARROW = """
+import torch
+from torch import nn
+from encoderguard.encoder import Encoder, EncoderSpec
+from encoderguard.random import Rng
+
+torch.set_num_threads(1)
+wrapped = nn.Sequential(nn.Conv2d(3, 4, 1, 2), nn.ReLU(), nn.Conv2d(4, 8, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+for model in (
+    Encoder.build(EncoderSpec(architecture="encoderguard:resnet18", width=4), Rng(0)),
+    Encoder.wrap(wrapped, taps=["1"]),
+):
+    for _ in range(40):
+        model(torch.rand(16, 3, 16, 16)).square().mean().backward()
+print("survived")
+"""
+
+
+def test_training_a_narrow_network_does_not_corrupt_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", TRAINS_NARROW], capture_output=True, text=True, check=False)
+    assert done.stdout == "survived\n", done.stderr
+
+
+def test_the_shortcut_is_a_strided_convolution() -> None:
+    shortcut = ResNet("resnet18", width=4).layer2[0].downsample.eval()
+    strided = nn.Conv2d(4, 8, 1, 2, bias=False)
+    strided.load_state_dict(shortcut[0].state_dict())
+    x = images(size=9).mean(1, keepdim=True).expand(-1, 4, -1, -1)
+    torch.testing.assert_close(shortcut(x), nn.Sequential(strided, shortcut[1])(x))

@@ -51,13 +51,29 @@ class ResNet(nn.Module):
         return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
 
 
+class _Downsample(nn.Sequential):
+    """The shortcut of a stage: every ``stride``-th pixel, then 1 x 1.
+
+    That is what a 1 x 1 convolution with a stride computes, but the one in oneDNN writes behind its memory in
+    the backward pass of narrow channels-last maps (fewer channels than a vector register holds).
+    """
+
+    stride: int = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.stride
+        y: Tensor = super().forward(x if step == 1 else x[..., ::step, ::step])
+        return y
+
+
 def _stage(
     block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, depth: int, stride: int
 ) -> nn.Sequential:
     outputs = planes * block.expansion
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        downsample = _Downsample(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        downsample.stride = stride
     make: Callable[..., nn.Module] = block
     rest = [make(outputs, planes) for _ in range(1, depth)]
     return nn.Sequential(make(inputs, planes, stride, downsample), *rest)

@@ -19,6 +19,9 @@ from encoderguard.random import Rng, isolated
 
 __all__ = ["Encoder", "EncoderSpec"]
 
+_REGISTER = 16
+"""float32 values in the widest vector register (AVX-512)."""
+
 
 class EncoderSpec(BaseModel):
     """Everything about an encoder but its weights."""
@@ -49,7 +52,8 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
-        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self._layout = torch.contiguous_format if _unsafe(backbone) else torch.channels_last
+        self.backbone = backbone.to(memory_format=self._layout)
         self.spec = spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
@@ -110,7 +114,7 @@ class Encoder(nn.Module):
         size = self.spec.input_size
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return ((images - self.mean) / self.std).contiguous(memory_format=self._layout)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features, float32 ``[N, D]``, of images ``[N, 3, H, W]`` in [0, 1]."""
@@ -238,3 +242,14 @@ def _reset(module: nn.Module) -> None:
             "The wrapped module cannot be re-initialised: "
             f"no reset_parameters reaches {listed(left)}; give it one."
         )
+
+
+def _unsafe(backbone: nn.Module) -> bool:
+    """Whether oneDNN's channels-last kernels would write behind their memory: see ``backbones``."""
+    return any(
+        isinstance(part, nn.Conv2d)
+        and part.in_channels < _REGISTER
+        and part.kernel_size == (1, 1)
+        and part.stride != (1, 1)
+        for part in backbone.modules()
+    )
