@@ -279,7 +279,8 @@ from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.random import Rng
 
 torch.set_num_threads(1)
-wrapped = nn.Sequential(nn.Conv2d(3, 4, 1, 2), nn.ReLU(), nn.Conv2d(4, 8, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+narrow = nn.Conv2d(3, 4, 1, 2), nn.ReLU(), nn.Conv2d(4, 8, 1, 2)
+wrapped = nn.Sequential(*narrow, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 for model in (
     Encoder.build(EncoderSpec(architecture="encoderguard:resnet18", width=4), Rng(0)),
     Encoder.wrap(wrapped, taps=["1"]),
