@@ -24,10 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sanity", "checkpoints", "loading"),
     ("features", "augment", "calibration"),
     ("losses", "similarity", "mine", "information"),
-    ("training",),
+    ("training", "repair"),
     ("folding", "penalty", "inversion"),
     ("classifiers", "probes", "references", "fidelity", "evaluation"),
-    ("attacks", "defenses", "detectors", "pretrain"),
+    ("attacks", "defenses", "detectors", "filters", "pretrain"),
     ("results",),
     ("report",),
     ("jobs",),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),  # the public API of the whole package
 )
 # Packages of methods: any of them can be removed without the others noticing.
-FAMILIES = frozenset({"attacks", "defenses", "detectors", "pretrain"})
+FAMILIES = frozenset({"attacks", "defenses", "detectors", "filters", "pretrain"})
 # A report is made from a record, also on a machine without torch.
 TORCH_FREE = ("report",)
 TORCH_LIBRARIES = frozenset({"kornia", "lightly", "lightning_fabric", "timm", "torch", "torchvision"})

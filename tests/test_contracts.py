@@ -8,7 +8,18 @@ import torch
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
-from encoderguard.methods import Defense, Detection, Detector, EncoderAttack, Pretraining, Reference
+from encoderguard.methods import (
+    DataPoisoning,
+    Defense,
+    Detection,
+    Detector,
+    EncoderAttack,
+    Filter,
+    Poisoned,
+    Pretraining,
+    Ranking,
+    Reference,
+)
 from encoderguard.random import Rng
 from encoderguard.registry import FAMILIES, Family, Method, create, method_class, method_names, setting_docs
 from encoderguard.run import Run
@@ -32,7 +43,11 @@ def images() -> ImageSet:
     return ImageSet.from_arrays(pixels, name="noise")
 
 
-def outcome(method: Method, subject: Encoder, seed: int) -> Encoder | Detection:
+def labelled() -> ImageSet:
+    return ImageSet.from_arrays(images().take(range(32)), torch.arange(32) % 4, name="labelled noise")
+
+
+def outcome(method: Method, subject: Encoder, seed: int) -> Encoder | Detection | Poisoned | Ranking:
     run = Run(rng=Rng(seed))
     if isinstance(method, Pretraining):
         return method.train(subject, images(), run=run).encoder
@@ -40,13 +55,21 @@ def outcome(method: Method, subject: Encoder, seed: int) -> Encoder | Detection:
         return method.plant(subject, images(), [Reference(image=images().take([0])[0])], run=run).encoder
     if isinstance(method, Defense):
         return method.purify(subject, images(), run=run).encoder
+    if isinstance(method, DataPoisoning):
+        return method.poison(labelled(), 1, run=run)
+    if isinstance(method, Filter):
+        return method.rank(subject, images(), run=run)
     assert isinstance(method, Detector)
     return method.detect(subject, images(), run=run)
 
 
-def comparable(result: Encoder | Detection) -> object:
+def comparable(result: Encoder | Detection | Poisoned | Ranking) -> object:
     if isinstance(result, Encoder):
         return result.fingerprint
+    if isinstance(result, Poisoned):
+        return (result.images.digest, result.trigger.to_dict(), result.indices.tolist(), result.manifest)
+    if isinstance(result, Ranking):
+        return (result.scores.tolist(), result.evidence)
     return (result.verdict, result.score, result.threshold)
 
 
@@ -63,6 +86,13 @@ def test_same_seed_same_result_and_nothing_else_changes(family: Family, name: st
     if isinstance(first, Encoder):
         assert not first.training
         assert bool(first(torch.rand(2, 3, 8, 8)).isfinite().all())
+    elif isinstance(first, Poisoned):
+        assert len(first.indices)
+        assert first.images.take([0]).dtype == torch.uint8
+        json.dumps(first.manifest, allow_nan=False)
+    elif isinstance(first, Ranking):
+        assert first.scores.shape == (32,)
+        json.dumps(first.evidence, allow_nan=False)
     else:
         assert 0 <= first.score <= 1
         json.dumps(first.evidence, allow_nan=False)
@@ -104,8 +134,8 @@ def test_settings_come_as_text_from_the_command_line() -> None:
 def test_a_defender_has_no_way_to_be_told_the_truth(family: Family, name: str) -> None:
     import inspect
 
-    if family in ("detector", "defense"):
-        call = "detect" if family == "detector" else "purify"
+    calls = {"detector": "detect", "defense": "purify", "filter": "rank"}
+    if call := calls.get(family):
         assert set(inspect.signature(getattr(method_class(family, name), call)).parameters) == {
             "self",
             "encoder",

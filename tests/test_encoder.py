@@ -297,7 +297,8 @@ def test_training_a_narrow_network_does_not_corrupt_memory() -> None:
 
 
 def test_the_shortcut_is_a_strided_convolution() -> None:
-    shortcut = ResNet("resnet18", width=4).layer2[0].downsample.eval()
+    shortcut = ResNet("resnet18", width=4).get_submodule("layer2.0.downsample").eval()
+    assert isinstance(shortcut, nn.Sequential)
     strided = nn.Conv2d(4, 8, 1, 2, bias=False)
     strided.load_state_dict(shortcut[0].state_dict())
     x = images(size=9).mean(1, keepdim=True).expand(-1, 4, -1, -1)

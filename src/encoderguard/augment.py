@@ -35,27 +35,35 @@ class Augmentation:
     grey: float = 0.2
     """Probability of a grey image."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """One view per image: same shape, range and device. Draws come from the CPU ``generator``."""
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, *, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """One view per image: same range and device, and same height and width unless ``size`` says others.
+
+        Draws come from the CPU ``generator``. A crop's aspect ratio is in pixels of the image.
+        """
         n = images.shape[0]
         draws = torch.rand((12, n), generator=generator).to(images.device)
-        views = self._geometry(images, draws)
+        views = self._geometry(images, draws, size or (images.shape[-2], images.shape[-1]))
         return self._colours(views, draws)
 
-    def _geometry(self, images: Tensor, draws: Tensor) -> Tensor:
+    def _geometry(self, images: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
         mirror = torch.where(draws[0] < self.flip, -1.0, 1.0)
         if self.crop_scale is None:
-            return torch.where((mirror < 0).view(-1, 1, 1, 1), images.flip(-1), images)
+            views = torch.where((mirror < 0).view(-1, 1, 1, 1), images.flip(-1), images)
+            same = tuple(images.shape[-2:]) == size
+            return views if same else F.interpolate(views, size, mode="bilinear", align_corners=False)
         low, high = self.crop_scale
         area = low + (high - low) * draws[1]
         log_low, log_high = (torch.tensor(r).log().item() for r in self.crop_ratio)
         ratio = (log_low + (log_high - log_low) * draws[2]).exp()
+        ratio = ratio * (images.shape[-2] / images.shape[-1])  # of the shares of the two sides
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         theta = torch.zeros(len(images), 2, 3, device=images.device)
         theta[:, 0, 0], theta[:, 1, 1] = width * mirror, height
         theta[:, 0, 2] = (1 - width) * (2 * draws[3] - 1)
         theta[:, 1, 2] = (1 - height) * (2 * draws[4] - 1)
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        grid = F.affine_grid(theta, [len(images), 3, *size], align_corners=False)
         return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
     def _colours(self, views: Tensor, draws: Tensor) -> Tensor:

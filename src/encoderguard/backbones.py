@@ -62,8 +62,10 @@ class _Downsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.stride
-        y: Tensor = super().forward(x if step == 1 else x[..., ::step, ::step])
-        return y
+        x = x if step == 1 else x[..., ::step, ::step]
+        for part in self:
+            x = part(x)
+        return x
 
 
 def _stage(

@@ -35,6 +35,8 @@ class ImageSet:
         labels: int64 ``[N]`` from 0 on, or None where labels are not held or were not asked for.
         classes: Class names by label; empty where unknown.
         skipped: Names of unreadable pictures that were left out.
+        canvases: uint8 ``[M, 3, H', W']``, or None: further pictures of another size that a pair poisoner
+            appended. Only pre-training looks at them, cropping its views from them; they count in the digest.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class ImageSet:
         labels: Tensor | None,
         classes: tuple[str, ...],
         skipped: tuple[str, ...] = (),
+        canvases: Tensor | None = None,
     ) -> None:
+        self.canvases = canvases
         self.spec, self.name, self.classes, self.skipped = spec, name, classes, skipped
         self.labels = labels
         self._view, self._positions = view, positions
@@ -60,6 +64,7 @@ class ImageSet:
         classes: Sequence[str] = (),
         *,
         name: str = "arrays",
+        canvases: Tensor | None = None,
     ) -> "ImageSet":
         """A set over uint8 ``[N, 3, H, W]`` in 0..255; the memory is shared, do not write to it later.
 
@@ -78,7 +83,9 @@ class ImageSet:
             pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         names = tuple(classes)
         held = None if labels is None else label_tensor(labels, len(pixels), names, f"Labels of {name}")
-        return _admit(Source(Arrays(pixels), name, held, names), f"arrays:{name}", None, False)
+        made = _admit(Source(Arrays(pixels), name, held, names), f"arrays:{name}", None, False)
+        made.canvases = canvases
+        return made
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -105,6 +112,8 @@ class ImageSet:
         total.update(view.storage.hashes(view.rows[self._positions]).tobytes())
         if self.labels is not None:
             total.update(self.labels.numpy().astype("<i8").tobytes())
+        if self.canvases is not None:
+            total.update(str(list(self.canvases.shape)).encode() + self.canvases.numpy().tobytes())
         return total.hexdigest()
 
     def take(self, indices: Sequence[int] | Tensor) -> Tensor:
@@ -135,6 +144,11 @@ class ImageSet:
         Raises:
             ImageError: an index is out of range, or there is none.
         """
+        if self.canvases is not None:
+            raise ImageError(
+                f"{self.name} is a poisoned set with {len(self.canvases)} appended canvases; "
+                "use it whole (without --count), or draw from the clean set."
+            )
         chosen = self._checked(indices)
         if not len(chosen):
             raise ImageError(f"A part of {self.name} needs at least one image, found none chosen.")

@@ -1,4 +1,4 @@
-"""The four families of methods and what each returns.
+"""The five families of methods and what each returns.
 
 Settings are fields of the method, data are arguments of its call. A detector or a defense has no argument
 through which a trigger, a target, labels, test images or "this one is backdoored" could come in.
@@ -18,15 +18,19 @@ from encoderguard.run import Run
 from encoderguard.triggers import MaskedPattern, Trigger
 
 __all__ = [
+    "DataPoisoning",
     "Defense",
     "Detection",
     "Detector",
     "EncoderAttack",
+    "Filter",
     "History",
     "Planted",
+    "Poisoned",
     "Pretrained",
     "Pretraining",
     "Purified",
+    "Ranking",
     "Reference",
     "Verdict",
     "require_images",
@@ -86,6 +90,30 @@ class Purified:
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Poisoned:
+    """A training set with poison in it, and what the attacker knows about it."""
+
+    images: ImageSet
+    """The whole set: some pictures replaced, perhaps some labels changed, perhaps canvases appended."""
+    trigger: Trigger
+    """What is stamped on test images to set the backdoor off."""
+    indices: Tensor
+    """int64: which pictures are poison; canvases count from ``len(images)`` on."""
+    manifest: dict[str, Any]
+    """JSON values: attack, settings, rate with its denominator, and one entry per poisoned picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """How suspicious each picture of a training set is."""
+
+    scores: Tensor
+    """float32 ``[N]``, larger is more suspicious; only their order means something."""
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """JSON values only."""
+
+
 class Pretraining(Method, ABC):
     """Trains an encoder from random weights on unlabelled images."""
 
@@ -106,6 +134,26 @@ class EncoderAttack(Method, ABC):
         """Backdoor a copy of ``encoder`` with the shadow set ``images``; the argument is unchanged."""
 
 
+class DataPoisoning(Method, ABC):
+    """An attacker who can only put pictures into somebody's training set."""
+
+    family: ClassVar[Family] = "attack"
+
+    @abstractmethod
+    def poison(
+        self, images: ImageSet, target: int, *, run: Run, references: ImageSet | None = None
+    ) -> Poisoned:
+        """Poison a copy of the labelled training set ``images``; the argument is unchanged.
+
+        Args:
+            images: the training set; its labels tell the attacker which pictures are of the class aimed at.
+            target: the class aimed at.
+            run: surroundings.
+            references: pictures that show the class aimed at, for attacks that paste such pictures; by
+                default those of class ``target`` in ``images``.
+        """
+
+
 class Detector(Method, ABC):
     """Judges whether an encoder carries a backdoor, from clean unlabelled images."""
 
@@ -124,6 +172,16 @@ class Defense(Method, ABC):
     @abstractmethod
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
         """Purify a copy of ``encoder``; the argument is unchanged."""
+
+
+class Filter(Method, ABC):
+    """Ranks the pictures of a training set by how likely they are poison, with the encoder trained on it."""
+
+    family: ClassVar[Family] = "filter"
+
+    @abstractmethod
+    def rank(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Ranking:
+        """Score every picture; the encoder is unchanged and labels are not looked at."""
 
 
 def require_images(images: ImageSet, least: int, purpose: str) -> None:

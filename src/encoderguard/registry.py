@@ -23,12 +23,13 @@ __all__ = [
     "setting_docs",
 ]
 
-Family = Literal["pretrain", "attack", "detector", "defense"]
+Family = Literal["pretrain", "attack", "detector", "defense", "filter"]
 FAMILIES: dict[Family, str] = {
     "pretrain": "encoderguard.pretrain",
     "attack": "encoderguard.attacks",
     "detector": "encoderguard.detectors",
     "defense": "encoderguard.defenses",
+    "filter": "encoderguard.filters",
 }
 _METHODS: dict[tuple[Family, str], type["Method"]] = {}
 
@@ -40,6 +41,14 @@ class Method:
     name: ClassVar[str]
     family: ClassVar[Family]
     paper: ClassVar[str] = ""
+    year: ClassVar[int] = 0
+    """Of the paper; 0 for a method of our own."""
+    needs: ClassVar[str] = ""
+    """What the caller must bring: clean images, a training set, a downstream head."""
+    cost: ClassVar[str] = ""
+    """Class of cost, in words: forward passes only, a search, a fine-tuning, a training."""
+    blind_spots: ClassVar[str] = ""
+    """What the method does not cover, in one sentence."""
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation, so that Python and the command line agree."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from encoderguard.augment import Augmentation
 from encoderguard.errors import EncoderError, NonFiniteError
 from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
@@ -61,6 +62,20 @@ class Batch:
     """int64 ``[B]``: their places in the image set."""
     rng: Rng
     """Streams of this step."""
+    canvases: Tensor | None = None
+    """Further pictures of this step that have another size: float32 ``[C, 3, H', W']``."""
+
+    def views(self, augmentation: Augmentation, count: int = 2) -> list[Tensor]:
+        """``count`` random views ``[B + C, 3, H, W]`` of every picture, those of canvases last."""
+        generator = self.rng.generator("views")
+        return [self._view(augmentation, generator) for _ in range(count)]
+
+    def _view(self, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+        own = augmentation(self.images, generator)
+        if self.canvases is None:
+            return own
+        size = (own.shape[-2], own.shape[-1])
+        return torch.cat([own, augmentation(self.canvases, generator, size=size)])
 
 
 def train(
@@ -78,7 +93,7 @@ def train(
     Args:
         model: holds everything that is trained; it is what a checkpoint stores.
         loss: called under autocast with the images of a step; each value is one weighted scalar term.
-        images: shuffled every epoch; the last incomplete batch of an epoch is dropped.
+        images: shuffled every epoch, canvases among them; the last incomplete batch of an epoch is dropped.
         plan: length, optimiser and schedule.
         run: seed, device, precision, progress, checkpoint.
         task: shown beside the progress.
@@ -103,7 +118,9 @@ def train(
 class _Loop:
     def __init__(self, model: nn.Module, images: ImageSet, plan: Plan, run: Run, task: str) -> None:
         self.model, self.images, self.plan, self.run, self.task = model, images, plan, run, task
-        self.per_epoch = len(images) // plan.batch_size
+        self.wide = images.canvases
+        self.count = len(images) + (0 if self.wide is None else len(self.wide))
+        self.per_epoch = self.count // plan.batch_size
         self.total = plan.epochs * self.per_epoch
         self.optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad])
         self.step, self.sums, self.history = 0, dict[str, float](), History()
@@ -130,13 +147,19 @@ class _Loop:
     def _terms(self, loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
         epoch, place = divmod(self.step, self.per_epoch)
         size = self.plan.batch_size
-        chosen = self.run.rng.permutation(len(self.images), "order", epoch)[place * size : (place + 1) * size]
+        chosen = self.run.rng.permutation(self.count, "order", epoch)[place * size : (place + 1) * size]
+        wide = None
+        if self.wide is not None:
+            own = len(self.images)
+            wide = self._floats(self.wide[chosen[chosen >= own] - own])
+            chosen = chosen[chosen < own]
         source = self.images.take(chosen) if self.pixels is None else self.pixels[chosen.to(self.run.device)]
-        batch = Batch(
-            source.to(self.run.device).float().div_(255), chosen, self.run.rng.child("step", self.step)
-        )
+        batch = Batch(self._floats(source), chosen, self.run.rng.child("step", self.step), wide)
         with self.run.autocast():
             return loss(batch)
+
+    def _floats(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.run.device).float().div_(255)
 
     def _apply(self, terms: dict[str, Tensor]) -> None:
         total = torch.stack(list(terms.values())).sum()

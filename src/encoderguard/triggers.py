@@ -26,8 +26,14 @@ class Trigger(ABC):
     """Stamps ``[N, 3, H, W]`` images in [0, 1]; the result has the same shape and range."""
 
     @abstractmethod
-    def __call__(self, images: Tensor) -> Tensor:
-        """The stamped images; the input is unchanged."""
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The stamped images; the input is unchanged.
+
+        Args:
+            images: ``[N, 3, H, W]`` in [0, 1].
+            generator: on the CPU, for triggers that draw (places, noise); None takes one from the trigger's
+                own seed, so that the same call gives the same result.
+        """
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +61,7 @@ class Patch(Trigger):
     margin: int = 1
     value: float = 1.0
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Stamp. Raises ImageError if the patch does not fit."""
         height, width = images.shape[-2:]
         top, left = height - self.margin - self.size, width - self.margin - self.size
@@ -90,7 +96,7 @@ class MaskedPattern(Trigger):
     pattern: Tensor
     """``[3, H, W]`` in [0, 1]."""
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Stamp. Raises ImageError if the trigger was made for another image size."""
         if images.shape[-2:] != self.mask.shape:
             raise ImageError(

@@ -58,8 +58,7 @@ class SimCLR(Pretraining):
         model = nn.ModuleDict({"encoder": student, "head": head})
 
         def loss(batch: Batch) -> dict[str, Tensor]:
-            generator = batch.rng.generator("views")
-            views = torch.cat([SIMCLR(batch.images, generator), SIMCLR(batch.images, generator)])
+            views = torch.cat(batch.views(SIMCLR))
             first, second = head(student(views)).chunk(2)
             return {"nt_xent": nt_xent(first, second, self.temperature)}
 
