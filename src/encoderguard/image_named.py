@@ -36,6 +36,8 @@ class Source:
     name: str
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
+    canvases: Tensor | None = None
+    captions: tuple[str, ...] | None = None
 
 
 def label_tensor(values: Any, count: int, classes: Sequence[str], where: str) -> Tensor:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from encoderguard.errors import ImageError
 from encoderguard.image_decoding import is_picture_name
@@ -126,6 +127,7 @@ def _npz(path: Path, labels: bool) -> Source:
             if images is None:
                 images = held[keys[0]]
             numbers = held[keys[1]] if labels and keys[1] else None
+            further = {key: held[key] for key in ("canvases", "captions", "classes") if key in held}
     except ImageError:
         raise
     except Exception as error:  # NumPy and zipfile raise many kinds on a broken file
@@ -139,10 +141,32 @@ def _npz(path: Path, labels: bool) -> Source:
             f"found {images.shape} and {images.dtype}."
         )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    canvases, captions, classes = _further(path, len(images), further)
     held_labels = (
-        None if numbers is None else label_tensor(numbers, len(images), (), f"`{keys[1]}` of {path}")
+        None if numbers is None else label_tensor(numbers, len(images), classes, f"`{keys[1]}` of {path}")
     )
-    return Source(Arrays(pixels), path.stem, held_labels)
+    return Source(Arrays(pixels), path.stem, held_labels, classes if labels else (), canvases, captions)
+
+
+def _further(
+    path: Path, count: int, held: dict[str, NDArray[Any]]
+) -> tuple[Tensor | None, tuple[str, ...] | None, tuple[str, ...]]:
+    """Canvases ``[M, 3, H', W']``, captions and class names of a file that may hold them."""
+    wide, texts, names = held.get("canvases"), held.get("captions"), held.get("classes")
+    if wide is not None and (wide.ndim != 4 or wide.shape[3] != 3 or wide.dtype != np.uint8):
+        raise ImageError(
+            f"{path}: expected `canvases` of shape (M, H, W, 3) and type uint8, "
+            f"found {wide.shape} and {wide.dtype}."
+        )
+    if texts is not None and (texts.shape != (count,) or texts.dtype.kind != "U"):
+        raise ImageError(
+            f"{path}: expected `captions` of {count} texts, found {texts.shape} and {texts.dtype}."
+        )
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+        raise ImageError(f"{path}: expected `classes` as a row of texts, found {names.shape}, {names.dtype}.")
+    canvases = None if wide is None else torch.from_numpy(wide).permute(0, 3, 1, 2).contiguous()
+    captions = None if texts is None else tuple(texts.tolist())
+    return canvases, captions, () if names is None else tuple(names.tolist())
 
 
 def _map_stored(path: Path, key: str) -> NDArray[Any] | None:

@@ -37,6 +37,7 @@ class ImageSet:
         skipped: Names of unreadable pictures that were left out.
         canvases: uint8 ``[M, 3, H', W']``, or None: further pictures of another size that a pair poisoner
             appended. Only pre-training looks at them, cropping its views from them; they count in the digest.
+        captions: One text per picture, or None; they count in the digest.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class ImageSet:
         classes: tuple[str, ...],
         skipped: tuple[str, ...] = (),
         canvases: Tensor | None = None,
+        captions: tuple[str, ...] | None = None,
     ) -> None:
-        self.canvases = canvases
+        self.canvases, self.captions = canvases, captions
         self.spec, self.name, self.classes, self.skipped = spec, name, classes, skipped
         self.labels = labels
         self._view, self._positions = view, positions
@@ -65,11 +67,12 @@ class ImageSet:
         *,
         name: str = "arrays",
         canvases: Tensor | None = None,
+        captions: Sequence[str] | None = None,
     ) -> "ImageSet":
         """A set over uint8 ``[N, 3, H, W]`` in 0..255; the memory is shared, do not write to it later.
 
         Raises:
-            ImageError: wrong shape or type, no images, or labels that do not fit them.
+            ImageError: wrong shape or type, no images, or labels or captions that do not fit them.
         """
         found = (tuple(images.shape), str(images.dtype).removeprefix("torch."))
         if len(found[0]) != 4 or found[0][1] != 3 or 0 in found[0] or found[1] != "uint8":
@@ -83,9 +86,11 @@ class ImageSet:
             pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         names = tuple(classes)
         held = None if labels is None else label_tensor(labels, len(pixels), names, f"Labels of {name}")
-        made = _admit(Source(Arrays(pixels), name, held, names), f"arrays:{name}", None, False)
-        made.canvases = canvases
-        return made
+        texts = None if captions is None else tuple(captions)
+        if texts is not None and len(texts) != len(pixels):
+            raise ImageError(f"Expected one caption for each of {len(pixels)} images, found {len(texts)}.")
+        source = Source(Arrays(pixels), name, held, names, canvases, texts)
+        return _admit(source, f"arrays:{name}", None, False)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -114,6 +119,8 @@ class ImageSet:
             total.update(self.labels.numpy().astype("<i8").tobytes())
         if self.canvases is not None:
             total.update(str(list(self.canvases.shape)).encode() + self.canvases.numpy().tobytes())
+        if self.captions is not None:
+            total.update(json.dumps(self.captions).encode())
         return total.hexdigest()
 
     def take(self, indices: Sequence[int] | Tensor) -> Tensor:
@@ -158,7 +165,9 @@ class ImageSet:
             view = View(view.storage, view.rows[positions], view.shape, view.size)
             positions = torch.arange(len(chosen))
         labels = None if self.labels is None else self.labels[chosen]
-        return ImageSet(view, positions, spec=self.spec, name=self.name, labels=labels, classes=self.classes)
+        texts = None if self.captions is None else tuple(self.captions[k] for k in chosen.tolist())
+        same: dict[str, Any] = {"spec": self.spec, "name": self.name, "classes": self.classes}
+        return ImageSet(view, positions, labels=labels, captions=texts, **same)
 
     def sample(self, n: int, rng: Rng) -> "ImageSet":
         """``n`` images drawn without replacement, in random order; the same ``rng`` draws the same.
@@ -201,7 +210,8 @@ def load_images(
 
     - a folder of pictures, nested or not, of any size and mode: hidden files and files without an image
       suffix are ignored, every other must be readable; labels are the names of the top-level folders;
-    - an ``.npz`` file with ``images`` or ``x``, uint8 ``[N, H, W, 3]``, and perhaps ``labels`` or ``y``;
+    - an ``.npz`` file with ``images`` or ``x``, uint8 ``[N, H, W, 3]``, and perhaps ``labels`` or ``y``,
+      ``canvases`` (uint8 ``[M, H', W', 3]``), ``captions`` (text ``[N]``) and ``classes`` (text);
     - a ``.parquet`` file with a column ``image`` (struct of bytes and path) and perhaps ``label``, or a
       folder of them; ``folder:train`` (or ``#train``) takes the files whose names before ``-`` are ``train``;
     - ``cifar10:train``, ``cifar100:test``, ``gtsrb:train``, ``svhn:test``, ``stl10:unlabeled`` and so on: a
@@ -253,4 +263,6 @@ def _admit(source: Source, spec: str, size: int | None, skip: bool) -> ImageSet:
         labels=None if source.labels is None else source.labels[rows],
         classes=source.classes,
         skipped=skipped,
+        canvases=source.canvases,
+        captions=None if source.captions is None else tuple(source.captions[row] for row in rows.tolist()),
     )
