@@ -10,7 +10,14 @@ from torchvision.transforms.v2 import functional as reference
 
 from encoderguard.augment import SIMCLR, SIMCLR_NO_CROP, Augmentation, adjust_hue, random_patches
 from encoderguard.information import gaussian_information, layer_weights
-from encoderguard.losses import attention_loss, attention_map, cosine_distance, nt_xent
+from encoderguard.losses import (
+    attention_loss,
+    attention_map,
+    cosine_distance,
+    nt_xent,
+    random_directions,
+    sliced_wasserstein2,
+)
 from encoderguard.mine import mine
 from encoderguard.random import Rng
 
@@ -58,6 +65,36 @@ def test_attention_of_identical_maps_has_a_finite_gradient() -> None:
     torch.autograd.backward(attention_loss(stage, stage.detach()))
     assert stage.grad is not None
     assert bool(stage.grad.isfinite().all())
+
+
+def test_sliced_wasserstein_by_hand() -> None:
+    a, b = torch.tensor([[3.0, 1.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [5.0, 4.0]])
+    axes = torch.eye(2)
+    # first axis: 0 and 3 against 1 and 5; second: 1 and 1 against 1 and 4
+    assert sliced_wasserstein2(a, b, axes).item() == pytest.approx((1 + 4 + 0 + 9) / 4)
+    assert sliced_wasserstein2(a, a.flip(0), axes).item() == 0  # samples have no order
+
+
+def test_sliced_wasserstein_of_gaussians() -> None:
+    draws = Rng(0).generator()
+    a, b = torch.randn(8000, 3, generator=draws), torch.randn(8000, 3, generator=draws)
+    shift = torch.tensor([1.0, -2.0, 0.5])
+    directions = random_directions(64, 3, draws)
+    assert torch.allclose(directions.norm(dim=1), torch.ones(64))
+    # N(0, I) against N(m, s^2 I), along each direction w: (m . w)^2 + (s - 1)^2
+    truth = (directions @ shift).square().mean().item() + (3 - 1) ** 2
+    assert sliced_wasserstein2(a, shift + 3 * b, directions).item() == pytest.approx(truth, rel=0.05)
+    # and over all directions |m|^2 / D + (s - 1)^2
+    many = random_directions(2000, 3, draws)
+    expected = shift.square().sum().item() / 3 + 4
+    assert sliced_wasserstein2(a, shift + 3 * b, many).item() == pytest.approx(expected, rel=0.1)
+
+
+def test_sliced_wasserstein_has_a_finite_gradient_at_zero() -> None:
+    a = torch.rand(4, 3, requires_grad=True)
+    torch.autograd.backward(sliced_wasserstein2(a, a.detach(), torch.eye(3)))
+    assert a.grad is not None
+    assert bool(a.grad.isfinite().all())
 
 
 def test_hue_is_torchvisions() -> None:

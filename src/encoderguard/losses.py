@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["attention_loss", "attention_map", "cosine_distance", "nt_xent"]
+__all__ = [
+    "attention_loss",
+    "attention_map",
+    "cosine_distance",
+    "nt_xent",
+    "random_directions",
+    "sliced_wasserstein2",
+]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -48,3 +55,25 @@ def attention_loss(student: Tensor, teacher: Tensor, *, reduction: str = "l2", p
         return difference.square().mean()
     # the norm has no gradient at 0; the small constant keeps identical maps harmless
     return (difference.square().sum(1) + 1e-12).sqrt().mean()
+
+
+def random_directions(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """``[count, dim]`` rows of length 1, uniform on the sphere, from a CPU ``generator``."""
+    return F.normalize(torch.randn(count, dim, generator=generator), dim=1)
+
+
+def sliced_wasserstein2(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
+    """Squared sliced 2-Wasserstein distance of two samples of one size (Bonneel et al. 2015).
+
+    In one dimension the optimal plan pairs sorted values, so this is the mean, over directions and places, of
+    the squared difference of the sorted projections (SSLDefender Eq. 7 with inverse distribution functions;
+    no root, whose gradient explodes at 0).
+
+    Args:
+        a: ``[N, D]``.
+        b: ``[N, D]``; which row is which in either does not matter.
+        directions: ``[P, D]``, rows of length 1.
+    """
+    directions = directions.to(a.device).float()
+    first, second = ((x.float() @ directions.T).sort(dim=0).values for x in (a, b))
+    return F.mse_loss(first, second)
