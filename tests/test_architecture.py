@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backbones", "recipes", "architectures", "bundles", "encoder"),
     ("methods",),
     ("sanity", "checkpoints", "loading"),
-    ("features", "augment", "calibration"),
+    ("features", "augment", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
     ("training", "repair"),
     ("folding", "penalty", "inversion"),
