@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from encoderguard.errors import EncoderError
 from encoderguard.storage import write_atomic
 
-__all__ = ["FORMAT", "listed", "load_state", "read_bundle", "read_provenance", "write_bundle"]
+__all__ = ["FORMAT", "Storage", "listed", "load_state", "read_bundle", "read_provenance", "write_bundle"]
 
 FORMAT = "encoderguard.encoder/1"
+
+Storage = Literal["float32", "float16"]
+"""How the weights lie in a file; they are float32 again once they are loaded."""
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
@@ -55,11 +59,37 @@ def listed(names: list[str]) -> str:
 
 
 def write_bundle(
-    path: Path, tensors: dict[str, Tensor], *, spec: dict[str, Any], provenance: dict[str, Any]
+    path: Path,
+    tensors: dict[str, Tensor],
+    *,
+    spec: dict[str, Any],
+    provenance: dict[str, Any],
+    dtype: Storage = "float32",
 ) -> Path:
-    """Write contiguous CPU tensors with their specification atomically."""
-    header = json.dumps({"format": FORMAT, "spec": spec, "provenance": provenance})
-    return write_atomic(path, lambda part: save_file(tensors, part, metadata={"encoderguard": header}))
+    """Write contiguous CPU tensors with their specification atomically.
+
+    With ``float16`` matrices and kernels are rounded; vectors (BatchNorm, biases) are few and stay as they are.
+
+    Raises:
+        EncoderError: a weight is too large for float16.
+    """
+    stored = (
+        {name: _rounded(name, value) for name, value in tensors.items()} if dtype == "float16" else tensors
+    )
+    header = json.dumps({"format": FORMAT, "spec": spec, "provenance": provenance, "stored": dtype})
+    return write_atomic(path, lambda part: save_file(stored, part, metadata={"encoderguard": header}))
+
+
+def _rounded(name: str, value: Tensor) -> Tensor:
+    if value.dtype != torch.float32 or value.ndim < 2:
+        return value
+    small = value.half()
+    if not bool(small.isfinite().all()):
+        raise EncoderError(
+            f"'{name}' holds values that float16 cannot hold, up to {float(value.abs().max()):.3g}; "
+            "store the encoder as float32."
+        )
+    return small
 
 
 def read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

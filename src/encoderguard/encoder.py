@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from encoderguard.architectures import build_backbone
 from encoderguard.backbones import Stem
-from encoderguard.bundles import listed, load_state, read_bundle, write_bundle
+from encoderguard.bundles import Storage, listed, load_state, read_bundle, write_bundle
 from encoderguard.errors import EncoderError
 from encoderguard.random import Rng, isolated
 
@@ -188,13 +188,21 @@ class Encoder(nn.Module):
             _reset(student.backbone)
         return student
 
-    def save(self, path: Path, provenance: dict[str, Any] | None = None) -> Path:
-        """Write a one-file safetensors bundle atomically; ``provenance`` goes into its metadata."""
+    def save(
+        self, path: Path, provenance: dict[str, Any] | None = None, *, dtype: Storage = "float32"
+    ) -> Path:
+        """Write a one-file safetensors bundle atomically; ``provenance`` goes into its metadata.
+
+        ``dtype="float16"`` halves the file and rounds the weights; they are float32 again once loaded.
+
+        Raises:
+            EncoderError: a weight is too large for float16.
+        """
         tensors = {
             name: value.detach().cpu().contiguous() for name, value in self.backbone.state_dict().items()
         }
         spec = self.spec.model_dump(mode="json")
-        return write_bundle(path, tensors, spec=spec, provenance=provenance or {})
+        return write_bundle(path, tensors, spec=spec, provenance=provenance or {}, dtype=dtype)
 
     @classmethod
     def load(cls, path: Path, *, backbone: nn.Module | None = None) -> "Encoder":
