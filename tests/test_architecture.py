@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sanity", "checkpoints", "loading"),
     ("features", "augment", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
-    ("training", "repair"),
+    ("plans", "training", "repair"),
     ("folding", "penalty", "inversion"),
     ("classifiers", "probes", "references", "fidelity", "evaluation"),
     ("attacks", "defenses", "detectors", "filters", "pretrain"),

@@ -7,10 +7,10 @@ an unbroken one ends, bit for bit on the same machine.
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from encoderguard.augment import Augmentation
 from encoderguard.errors import EncoderError, NonFiniteError
 from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
+from encoderguard.plans import Plan, optimizer_for
 from encoderguard.random import Rng
 from encoderguard.run import Run, Stopped
 from encoderguard.storage import write_atomic
@@ -27,29 +28,6 @@ __all__ = ["Batch", "Plan", "train"]
 
 _SAVE_EVERY = float(os.environ.get("ENCODERGUARD_SAVE_EVERY", "60"))  # seconds between checkpoints
 _IN_MEMORY = 4 << 30  # bytes of pixels that are moved to the device once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How long and how fast to train."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """``cosine`` falls to zero; ``one_cycle`` warms up linearly over the first tenth, then does."""
-
-    def rate(self, step: int, total: int) -> float:
-        """The learning rate of a step."""
-        if self.schedule == "constant":
-            return self.lr
-        warm = max(1, total // 10) if self.schedule == "one_cycle" else 0
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +65,9 @@ def train(
     run: Run,
     task: str,
     prepare: Callable[[], object] | None = None,
+    after_step: Callable[[int, int], object] | None = None,
+    monitor: Callable[[int], Mapping[str, float]] | None = None,
+    fixed: Sequence[nn.Parameter] = (),
 ) -> History:
     """Minimise the sum of the terms that ``loss`` returns over ``model``'s trainable parameters.
 
@@ -98,6 +79,11 @@ def train(
         run: seed, device, precision, progress, checkpoint.
         task: shown beside the progress.
         prepare: called before each step (``model.train`` by default), to put modules into their modes.
+        after_step: called with the number of finished steps and of all steps after each change of the
+            weights, to move what follows them (a momentum encoder); what it moves must be part of ``model``.
+        monitor: called with the number of finished epochs after each; what it measures is shown and kept in
+            the history. It must leave weights, modes and random streams alone.
+        fixed: parameters of ``model`` that keep the learning rate of the plan, whatever its schedule.
 
     Returns:
         The mean of each term and of ``loss`` per epoch.
@@ -108,34 +94,47 @@ def train(
         Stopped: the user asked to stop; the state is saved first.
     """
     require_images(images, plan.batch_size, task.capitalize())
-    loop = _Loop(model, images, plan, run, task)
+    loop = _Loop(model, images, plan, run, task, fixed)
     while loop.step < loop.total:
         (prepare or model.train)()
-        loop.advance(loss)
+        loop.apply(loop.terms(loss))
+        if after_step is not None:
+            after_step(loop.step, loop.total)
+        loop.report(monitor)
     return loop.history
 
 
 class _Loop:
-    def __init__(self, model: nn.Module, images: ImageSet, plan: Plan, run: Run, task: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: ImageSet,
+        plan: Plan,
+        run: Run,
+        task: str,
+        fixed: Sequence[nn.Parameter],
+    ) -> None:
         self.model, self.images, self.plan, self.run, self.task = model, images, plan, run, task
         self.wide = images.canvases
         self.count = len(images) + (0 if self.wide is None else len(self.wide))
         self.per_epoch = self.count // plan.batch_size
         self.total = plan.epochs * self.per_epoch
-        self.optimizer = _optimizer(plan, [p for p in model.parameters() if p.requires_grad])
+        self.optimizer = optimizer_for(model, plan, fixed)
         self.step, self.sums, self.history = 0, dict[str, float](), History()
         self.saved = time.monotonic()
         self.pixels = _resident(images, run.device)
         self._resume()
 
-    def advance(self, loss: Callable[[Batch], dict[str, Tensor]]) -> None:
-        self._apply(self._terms(loss))
-        self.step += 1
+    def report(self, monitor: Callable[[int], Mapping[str, float]] | None) -> None:
         if self.step % self.per_epoch == 0:
             for name, value in self.sums.items():
                 self.history.setdefault(name, []).append(value / self.per_epoch)
             self.sums = {}
-            self.run.progress(self.task, self.step, self.total, f"loss {self.history['loss'][-1]:.4f}")
+            notes = [f"loss {self.history['loss'][-1]:.4f}"]
+            for name, value in (monitor(self.step // self.per_epoch) if monitor else {}).items():
+                self.history.setdefault(name, []).append(value)
+                notes.append(f"{name} {value:.3f}")
+            self.run.progress(self.task, self.step, self.total, ", ".join(notes))
         else:
             self.run.progress(self.task, self.step, self.total)
         if self.run.stop.requested:
@@ -144,7 +143,7 @@ class _Loop:
         if time.monotonic() - self.saved > _SAVE_EVERY:
             self._save()
 
-    def _terms(self, loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def terms(self, loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
         epoch, place = divmod(self.step, self.per_epoch)
         size = self.plan.batch_size
         chosen = self.run.rng.permutation(self.count, "order", epoch)[place * size : (place + 1) * size]
@@ -161,7 +160,7 @@ class _Loop:
     def _floats(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.run.device).float().div_(255)
 
-    def _apply(self, terms: dict[str, Tensor]) -> None:
+    def apply(self, terms: dict[str, Tensor]) -> None:
         total = torch.stack(list(terms.values())).sum()
         values = {name: float(term.detach()) for name, term in (terms | {"loss": total}).items()}
         if not math.isfinite(values["loss"]):
@@ -170,13 +169,13 @@ class _Loop:
                 f"{self.task.capitalize()} broke off at step {self.step}: its loss is not finite ({parts}); "
                 "lower the learning rate."
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.step, self.total)
+        self.optimizer.param_groups[0]["lr"] = self.plan.rate(self.step, self.total)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         self.optimizer.step()
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+        self.step += 1
 
     def _save(self) -> None:
         path = self.run.checkpoint
@@ -184,7 +183,7 @@ class _Loop:
             return
         state = {
             "task": self.task,
-            "plan": repr(self.plan),
+            "plan": self.plan.text,
             "step": self.step,
             "sums": self.sums,
             "history": self.history,
@@ -199,7 +198,7 @@ class _Loop:
         if path is None or not self.run.resume or not path.exists():
             return
         state = _read_checkpoint(path)
-        if (state["task"], state["plan"]) != (self.task, repr(self.plan)):
+        if (state["task"], state["plan"]) != (self.task, self.plan.text):
             raise EncoderError(
                 f"The checkpoint {path} belongs to a run with other settings: {state['plan']}."
             )
@@ -216,15 +215,6 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             f"The checkpoint {path} cannot be read ({type(error).__name__}); remove it to start over."
         ) from None
     return state
-
-
-def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if plan.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay, fused=True
-        )
-    kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
 
 
 def _resident(images: ImageSet, device: torch.device) -> Tensor | None:
