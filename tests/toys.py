@@ -13,6 +13,7 @@ from encoderguard.methods import (
     Detection,
     Detector,
     EncoderAttack,
+    Monitor,
     Planted,
     Pretrained,
     Pretraining,
@@ -95,7 +96,9 @@ class ToyPretraining(_Trained, Pretraining):
     epochs: Annotated[int, Field(ge=1)] = 2
     batch_size: Annotated[int, Field(ge=2)] = 8
 
-    def train(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Pretrained:
+    def train(
+        self, encoder: Encoder, images: ImageSet, *, run: Run, monitor: Monitor | None = None
+    ) -> Pretrained:
         trained, history = self.run_training(encoder, images, run)
         return Pretrained(encoder=trained, history=history)
 

@@ -1,4 +1,4 @@
-"""SimCLR's augmentation, per sample, on whole batches, on the device the batch is on.
+"""Random views, per sample, on whole batches, on the device the batch is on.
 
 The crop, the flip and the resampling are one ``grid_sample``; the colour operations are those of
 torchvision's ``ColorJitter`` (same factors and formulas, hue in HSV) in a fixed order instead of a random one
@@ -6,12 +6,25 @@ per image. That keeps it a few per cent of a training step on a CPU (``benchmark
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["SIMCLR", "SIMCLR_NO_CROP", "Augmentation", "adjust_hue", "random_patches"]
+__all__ = [
+    "AUGMENTATIONS",
+    "LIGHT",
+    "SIMCLR",
+    "SIMCLR_NO_CROP",
+    "Augmentation",
+    "AugmentationName",
+    "adjust_hue",
+    "gaussian_blur",
+    "random_patches",
+]
+
+AugmentationName = Literal["badencoder", "ctrl", "moco_v2", "byol"]
 
 _GREY = (0.299, 0.587, 0.114)
 
@@ -34,6 +47,12 @@ class Augmentation:
     """Probability that brightness, contrast, saturation and hue are changed."""
     grey: float = 0.2
     """Probability of a grey image."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the view."""
+    pad: int = 0
+    """Without a crop: pixels of black border from which a window of the image's size is cut at random."""
 
     def __call__(
         self, images: Tensor, generator: torch.Generator, *, size: tuple[int, int] | None = None
@@ -45,12 +64,23 @@ class Augmentation:
         n = images.shape[0]
         draws = torch.rand((12, n), generator=generator).to(images.device)
         views = self._geometry(images, draws, size or (images.shape[-2], images.shape[-1]))
-        return self._colours(views, draws)
+        if self.jitter > 0 or self.grey > 0:
+            views = self._colours(views, draws)
+        return self._blurred(views, generator) if self.blur > 0 else views
+
+    def _blurred(self, views: Tensor, generator: torch.Generator) -> Tensor:
+        draws = torch.rand((2, len(views)), generator=generator)
+        picked = (draws[0] < self.blur).nonzero().squeeze(1)
+        low, high = self.sigma
+        sigma = (low + (high - low) * draws[1, picked]).to(views.device)
+        picked = picked.to(views.device)
+        return views.index_copy(0, picked, gaussian_blur(views[picked], sigma))
 
     def _geometry(self, images: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
         mirror = torch.where(draws[0] < self.flip, -1.0, 1.0)
         if self.crop_scale is None:
-            views = torch.where((mirror < 0).view(-1, 1, 1, 1), images.flip(-1), images)
+            shifted = _shift(images, draws[3:5], self.pad) if self.pad else images
+            views = torch.where((mirror < 0).view(-1, 1, 1, 1), shifted.flip(-1), shifted)
             same = tuple(images.shape[-2:]) == size
             return views if same else F.interpolate(views, size, mode="bilinear", align_corners=False)
         low, high = self.crop_scale
@@ -91,11 +121,57 @@ SIMCLR = Augmentation()
 """SimCLR at 32 px as BadEncoder and MIMIC use it: crop .08-1, flip, jitter p=.8, grey p=.2, no blur."""
 SIMCLR_NO_CROP = Augmentation(crop_scale=None)
 """What BadEncoder applies to its reference images."""
+_CTRL = Augmentation(crop_scale=(0.2, 1.0))
+_MOCO_V2 = Augmentation(crop_scale=(0.2, 1.0), blur=0.5)
+_BYOL = Augmentation(crop_scale=(0.2, 1.0), grey=0.1, blur=0.5)
+AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
+    "badencoder": SIMCLR,
+    "ctrl": _CTRL,
+    "moco_v2": _MOCO_V2,
+    "byol": _BYOL,
+}
+"""By whose code has them: BadEncoder and CTRL (no blur), MoCo v2 and SSL-Backdoor's BYOL (blur p=.5)."""
+LIGHT = Augmentation(crop_scale=None, jitter=0, grey=0, pad=4)
+"""What classifiers of small images are trained with: a shift by up to 4 px, flip."""
 
 
 def _luma(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).unsqueeze(1)
+
+
+def _shift(images: Tensor, draws: Tensor, pad: int) -> Tensor:
+    """Each image moved by whole pixels, -pad to pad in each direction, black where it came from."""
+    n, _, height, width = images.shape
+    down, right = ((draws * (2 * pad + 1)).long().clamp_(max=2 * pad)).unbind(0)
+    rows = (torch.arange(height, device=images.device) + down[:, None])[:, :, None]
+    columns = (torch.arange(width, device=images.device) + right[:, None])[:, None, :]
+    sample = torch.arange(n, device=images.device)[:, None, None]
+    return F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)[sample, rows, columns].permute(0, 3, 1, 2)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Each image blurred with its own Gaussian; at the border the weights inside the image sum to 1.
+
+    Two batched matrix products: every row, then every column, times a band matrix.
+
+    Args:
+        images: ``[N, 3, H, W]``.
+        sigma: ``[N]``, standard deviations in pixels, above 0.
+    """
+    n, channels, height, width = images.shape
+    with torch.autocast(images.device.type, enabled=False):
+        across = images.float().reshape(n, channels * height, width) @ _gaussian(width, sigma)
+        down = _gaussian(height, sigma).unsqueeze(1).mT @ across.view(n, channels, height, width)
+    return down
+
+
+def _gaussian(side: int, sigma: Tensor) -> Tensor:
+    """``[N, side, side]``: column j holds the weights of the pixels that make pixel j."""
+    places = torch.arange(side, device=sigma.device, dtype=torch.float32)
+    distance = (places[:, None] - places[None, :]).square()
+    weights = (-distance / (2 * sigma.float().square().view(-1, 1, 1))).exp()
+    return weights / weights.sum(1, keepdim=True)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ through which a trigger, a target, labels, test images or "this one is backdoore
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ __all__ = [
     "EncoderAttack",
     "Filter",
     "History",
+    "Monitor",
     "Planted",
     "Poisoned",
     "Pretrained",
@@ -47,6 +48,19 @@ class Pretrained:
 
     encoder: Encoder
     history: History
+    head: dict[str, Tensor] | None = None
+    """What was trained beside the encoder and is worth keeping (a classifier, a text tower), by name."""
+
+
+class Monitor(Protocol):
+    """Measures an encoder while it is trained, without changing it or any random stream."""
+
+    @property
+    def every(self) -> int:
+        """Epochs from one measurement to the next."""
+
+    def __call__(self, encoder: Encoder) -> dict[str, float]:
+        """What is shown and kept in the history, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +129,26 @@ class Ranking:
 
 
 class Pretraining(Method, ABC):
-    """Trains an encoder from random weights on unlabelled images."""
+    """Trains an encoder from random weights."""
 
     family: ClassVar[Family] = "pretrain"
+    needs_labels: ClassVar[bool] = False
+    """Whether the method learns from labels; the others never look at them."""
+    takes_captions: ClassVar[bool] = False
+    """Whether captions, where the images carry them, do instead of the labels."""
 
     @abstractmethod
-    def train(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Pretrained:
-        """Train a copy of ``encoder``; the argument is unchanged."""
+    def train(
+        self, encoder: Encoder, images: ImageSet, *, run: Run, monitor: Monitor | None = None
+    ) -> Pretrained:
+        """Train a copy of ``encoder``; the argument is unchanged.
+
+        Args:
+            encoder: where to start from.
+            images: the training set.
+            run: surroundings.
+            monitor: measures the encoder every few epochs; the result is the same with and without it.
+        """
 
 
 class EncoderAttack(Method, ABC):
