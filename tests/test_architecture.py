@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("triggers",),
     ("backbones", "recipes", "architectures", "bundles", "encoder"),
     ("methods",),
+    ("poisoning", "pair_layouts"),
     ("sanity", "checkpoints", "loading"),
     ("features", "augment", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
@@ -31,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("results",),
     ("report",),
     ("jobs",),
-    ("story", "demo"),
+    ("story", "demo", "bench"),
     ("cli", "__main__"),
     ("__init__",),  # the public API of the whole package
 )
