@@ -75,5 +75,6 @@ def sliced_wasserstein2(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
         directions: ``[P, D]``, rows of length 1.
     """
     directions = directions.to(a.device).float()
-    first, second = ((x.float() @ directions.T).sort(dim=0).values for x in (a, b))
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 projections would tie
+        first, second = ((x.float() @ directions.T).sort(dim=0).values for x in (a, b))
     return F.mse_loss(first, second)

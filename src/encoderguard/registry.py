@@ -153,17 +153,18 @@ def _coerce(cls: type[Method], name: str, adapter: TypeAdapter[Any], value: Any)
 
 
 def setting_docs(cls: type[Method]) -> list[dict[str, Any]]:
-    """Name, type, default and docstring of each setting, for ``--help``, ``list`` and the docs."""
+    """Name, type, default and docstring of each setting, inherited ones too, for ``list`` and the docs."""
     import inspect
     import textwrap
 
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            docs[statement.target.id] = inspect.cleandoc(str(following.value.value)) if is_doc else ""  # type: ignore[attr-defined]
+    for parent in reversed([kind for kind in cls.__mro__ if issubclass(kind, Method)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                docs[statement.target.id] = inspect.cleandoc(str(following.value.value)) if is_doc else ""  # type: ignore[attr-defined]
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     types = {field.name: _type_name(field.type) for field in dataclasses.fields(cls)}
     return [
