@@ -28,6 +28,14 @@ ALL = [(family, name) for family in FAMILIES for name in method_names(family)]
 SHORT: dict[str, dict[str, object]] = {
     "simclr": {"epochs": 1, "batch_size": 8},
     "badencoder": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
+    "ssl_backdoor": {"patch_size": 3},
+    "ctrl": {"rate": 0.1, "window": 8, "coefficients": ((3, 3), (7, 7))},
+    "corrupt_encoder": {"rate": 0.2, "patch_size": 3, "support_share": 0.4},
+    "poisoned_encoder": {"rate": 0.1, "patch_size": 3},
+    "noisy_alignment": {"rate": 0.1, "patch_size": 2},
+    "text_on_pair": {"rate": 0.1, "patch_size": 3},
+    "badnets": {},
+    "blend": {},
     "decree": {"max_steps": 6, "batch_size": 8},
     "mimic": {"epochs": 1, "batch_size": 8},
 }
@@ -44,7 +52,8 @@ def images() -> ImageSet:
 
 
 def labelled() -> ImageSet:
-    return ImageSet.from_arrays(images().take(range(32)), torch.arange(32) % 4, name="labelled noise")
+    names = ("ash", "birch", "cedar", "dogwood")
+    return ImageSet.from_arrays(images().take(range(32)), torch.arange(32) % 4, names, name="labelled noise")
 
 
 def outcome(method: Method, subject: Encoder, seed: int) -> Encoder | Detection | Poisoned | Ranking:

@@ -76,6 +76,7 @@ def problems(words: list[str]) -> Iterator[str]:
 FAMILY_OF: dict[str, tuple[Family, str]] = {
     "pretrain": ("pretrain", "simclr"),
     "attack": ("attack", "badencoder"),
+    "poison": ("attack", "ssl_backdoor"),
     "scan": ("detector", "decree"),
     "purify": ("defense", "mimic"),
 }

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from encoderguard.cli import commands
+from encoderguard.cli.bench import bench
 from encoderguard.cli.running import STOPPED, guarded, say
 from encoderguard.cli.story import demo
 
@@ -22,8 +23,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for job in (commands.pretrain, commands.attack, commands.scan, commands.purify, commands.evaluate, demo):
+for job in (
+    commands.pretrain,
+    commands.attack,
+    commands.poison,
+    commands.scan,
+    commands.purify,
+    commands.evaluate,
+    demo,
+):
     app.command()(job)
+app.add_typer(bench, name="bench")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from encoderguard.cli.options import Common, Count, Settings, command, parse_set
 from encoderguard.cli.running import run_job
 from encoderguard.results import Record, to_json
 
-__all__ = ["attack", "evaluate", "finish", "pretrain", "purify", "scan"]
+__all__ = ["attack", "evaluate", "finish", "poison", "pretrain", "purify", "scan"]
 
 _EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
 _SETS = "a folder, .npz or .parquet file, digits, or a name such as cifar10:train"
@@ -18,6 +18,27 @@ _ENCODER = "A bundle (.safetensors), a checkpoint, timm:NAME or torchvision:NAME
 
 EncoderArgument = Annotated[str, typer.Argument(metavar="ENCODER", help=_ENCODER, show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the folder.")]
+
+
+def _fine_tuning(name: str) -> str:
+    """Refuse an attack that poisons data, before the arguments that it does not need are asked for."""
+    return _of_kind(name, "EncoderAttack", "poisons a training set", f"poison {name} --images SET --target N")
+
+
+def _poisoning(name: str) -> str:
+    """Refuse an attack that fine-tunes an encoder."""
+    return _of_kind(name, "DataPoisoning", "fine-tunes an encoder", f"attack {name} ENCODER")
+
+
+def _of_kind(name: str, kind: str, does: str, instead: str) -> str:
+    from encoderguard import methods
+    from encoderguard.registry import method_class, method_names
+
+    if name in method_names("attack") and not issubclass(
+        method_class("attack", name), getattr(methods, kind)
+    ):
+        raise typer.BadParameter(f"{name} {does}, use 'encoderguard {instead}'")
+    return name
 
 
 def finish(record: Record, common: Common) -> int:
@@ -69,7 +90,10 @@ def pretrain(
 @command
 def attack(
     method: Annotated[
-        str, typer.Argument(help="Such as badencoder; see 'encoderguard list'.", show_default=False)
+        str,
+        typer.Argument(
+            help="Such as badencoder; see 'encoderguard list'.", show_default=False, callback=_fine_tuning
+        ),
     ],
     encoder: EncoderArgument,
     images: Annotated[str, typer.Option(help=f"The attacker's unlabelled images: {_SETS}.")] = "digits:train",
@@ -106,6 +130,43 @@ def attack(
             **options,
         ),
         resume=resume,
+    )
+    return finish(result.record, common)
+
+
+@command
+def poison(
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="Such as ssl_backdoor; see 'encoderguard list'.", show_default=False, callback=_poisoning
+        ),
+    ],
+    target: Annotated[
+        int, typer.Option(min=0, help="Label that triggered images shall get.", show_default=False)
+    ],
+    images: Annotated[str, typer.Option(help=f"Labelled images: {_SETS}.")] = "digits:train",
+    references: Annotated[
+        str | None,
+        typer.Option(
+            help="Pictures of the class aimed at, for attacks that paste them.",
+            show_default="those in the images",
+        ),
+    ] = None,
+    setting: Settings = None,
+    *,
+    common: Common,
+) -> int:
+    """Poison a copy of a training set, to train an encoder on and test with."""
+    from encoderguard import jobs
+
+    settings = parse_settings(setting)
+    result = run_job(
+        f"poison-{method}",
+        common,
+        lambda **options: jobs.poison(
+            images, method=method, target=target, settings=settings, references=references, **options
+        ),
     )
     return finish(result.record, common)
 

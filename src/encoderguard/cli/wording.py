@@ -17,6 +17,7 @@ def describe(record: Record) -> str:
     if record.folder is not None:
         where = Path(record.folder)
         lines += [f"Encoder: {where / name}" for name in record.outputs if name == "encoder.safetensors"]
+        lines += [f"Images: {where / name}" for name in record.outputs if name == "poisoned.npz"]
         lines += [f"Trigger: {where / name}" for name in record.outputs if name.endswith("trigger.json")]
         lines += [f"Report: {where / record.report}"] if record.report else []
     return "\n".join(line for line in lines if line)

@@ -3,6 +3,7 @@
 from encoderguard.jobs.defending import PURIFY_IMAGES, SCAN_IMAGES, PurifyResult, ScanResult, purify, scan
 from encoderguard.jobs.judging import EvaluateResult, evaluate
 from encoderguard.jobs.options import JobOptions
+from encoderguard.jobs.poisoning import PoisonResult, poison
 from encoderguard.jobs.training import AttackResult, PretrainResult, attack, pretrain
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "AttackResult",
     "EvaluateResult",
     "JobOptions",
+    "PoisonResult",
     "PretrainResult",
     "PurifyResult",
     "ScanResult",
     "attack",
     "evaluate",
+    "poison",
     "pretrain",
     "purify",
     "scan",

@@ -11,12 +11,12 @@ from torch import Tensor
 from encoderguard.encoder import Encoder
 from encoderguard.features import extract
 from encoderguard.images import ImageSet
-from encoderguard.methods import Reference
+from encoderguard.methods import Poisoned, Reference
 from encoderguard.run import Run
 from encoderguard.storage import write_atomic
 from encoderguard.triggers import MaskedPattern, Trigger
 
-__all__ = ["Arrays", "embeddings", "examples", "planar", "recovered", "write_arrays"]
+__all__ = ["Arrays", "embeddings", "examples", "planar", "poisons", "recovered", "write_arrays"]
 
 Arrays = dict[str, NDArray[np.generic]]
 _PICTURES = 8
@@ -40,6 +40,18 @@ def examples(
     if len(sides) == 1:
         found["reference"] = _hwc(torch.stack([reference.image for reference in references[:_PICTURES]]))
     return found
+
+
+def poisons(clean: ImageSet, poisoned: Poisoned) -> Arrays:
+    """The first poisons beside what they replaced (``images``, ``stamped``), or appended (``canvases``).
+
+    Where canvases were appended, ``images`` and ``stamped`` show the trigger as a test image gets it.
+    """
+    canvases = poisoned.images.canvases
+    if canvases is not None:
+        return examples(clean, poisoned.trigger) | {"canvases": _hwc(canvases[:_PICTURES])}
+    some = poisoned.indices[:_PICTURES]
+    return {"images": _hwc(clean.take(some)), "stamped": _hwc(poisoned.images.take(some))}
 
 
 def recovered(trigger: MaskedPattern | None) -> Arrays:

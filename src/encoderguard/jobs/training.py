@@ -123,7 +123,12 @@ def attack(
         Stopped: the user asked to stop.
     """
     with Job(AttackRecord, options) as job:
-        chosen: EncoderAttack = job.method("attack", method, settings)
+        chosen = job.method("attack", method, settings)
+        if not isinstance(chosen, EncoderAttack):
+            raise SettingError(
+                f"'{chosen.name}' poisons a training set and takes no encoder; "
+                f"use 'encoderguard poison {chosen.name} --images SET --target N'."
+            )
         source = job.encoder(encoder)
         used, _ = job.draw(job.images(images), count)
         job.check(source, used)

@@ -10,7 +10,7 @@ from encoderguard.report import reading
 from encoderguard.report.blocks import Block, Gallery, Note, chart, pixels
 from encoderguard.report.figures import map_chart
 from encoderguard.report.pixels import field_of, heat, pictures, stacked, trigger_on_grey
-from encoderguard.report.values import count, short
+from encoderguard.report.values import count, mapping, short
 
 __all__ = ["examples", "maps", "triggers"]
 
@@ -38,12 +38,19 @@ def examples(record: Record, arrays: Arrays) -> list[Block]:
             )
             for k in range(pairs)
         ]
-        origin = "the recovered trigger" if record.get("job") == "scan" else "the trigger"
-        caption = f"Above: as given. Below: with {origin}."
+        job = record.get("job")
+        origin = "the recovered trigger" if job == "scan" else "the trigger"
+        caption = f"Above: as given. Below: {'poisoned' if _replaced(record) else f'with {origin}'}."
         blocks.append(Gallery(pictures=tiles, shape="thumbs", caption=caption))
     elif plain or stamped:
         tiles = [pixels(image, f"Image {k}") for k, image in enumerate(plain or stamped, 1)]
         blocks.append(Gallery(pictures=tiles, shape="thumbs", caption="" if plain else "With the trigger."))
+    appended = [
+        pixels(image, f"Appended picture {k}") for k, image in enumerate(pictures(arrays, "canvases"), 1)
+    ]
+    if appended:
+        caption = "Appended to the training set: two crops of one such picture often show one half each."
+        blocks.append(Gallery(pictures=appended, shape="tiles", caption=caption))
     reference = [
         pixels(image, f"Reference image {k}") for k, image in enumerate(pictures(arrays, "reference"), 1)
     ]
@@ -51,6 +58,11 @@ def examples(record: Record, arrays: Arrays) -> list[Block]:
         caption = "The attacker's reference: stamped images are given features like these."
         blocks.append(Gallery(pictures=reference, shape="thumbs", caption=caption))
     return blocks
+
+
+def _replaced(record: Record) -> bool:
+    """Whether the pictures below are poisons themselves, not test images with the trigger."""
+    return record.get("job") == "poison" and bool(mapping(record.get("counts")).get("replaced"))
 
 
 def triggers(record: Record, arrays: Arrays) -> list[Block]:

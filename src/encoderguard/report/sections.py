@@ -36,8 +36,9 @@ def sections(record: Record, arrays: Arrays) -> list[Section]:
         ("Single runs", _runs),
         ("Evidence", _evidence),
     ]
-    demo = record.get("job") == "demo"
-    titles = {"Evidence": "Set-up"} if demo else {"Before and after": "Accuracy and attack success"}
+    demo, set_up = record.get("job") == "demo", record.get("job") in ("demo", "poison")
+    titles = {} if demo else {"Before and after": "Accuracy and attack success"}
+    titles |= {"Evidence": "Set-up"} if set_up else {}
     titles |= {} if "stamped" in arrays else {"Images with and without the trigger": "Images"}
     built = [(titles.get(title, title), build(record, arrays)) for title, build in builders]
     return [Section(title=title, blocks=blocks) for title, blocks in built if blocks]
@@ -197,7 +198,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, str]:
 def _evidence(record: Record, arrays: Arrays) -> list[Block]:
     """Single values of the evidence, and what a demo or an attack was set up with."""
     values = {k: v for k, v in mapping(record.get("evidence")).items() if not isinstance(v, dict)}
-    for key in ("target", "target_name", "trigger", "recipe"):
+    for key in ("target", "target_name", "trigger", "recipe", "rate"):
         values |= {key: record[key]} if record.get(key) is not None else {}
     rows = [[key, value] for key, value in _flat(values).items() if value and key != "reason"]
     return [Table(rows=rows)] if rows else []

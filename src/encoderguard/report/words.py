@@ -91,6 +91,7 @@ def summary(record: Mapping[str, Any]) -> str:
         "purify": _purify,
         "evaluate": _evaluate,
         "attack": _attack,
+        "poison": _poison,
         "pretrain": _pretrain,
     }
     writer = writers.get(text(record.get("job")))
@@ -181,6 +182,31 @@ def _attack(record: Mapping[str, Any]) -> list[str]:
         else f"A probe on the clean encoder is {percent(confidence)} sure of the reference."
     )
     return [f"{method_name(record) or 'The attack'} planted a backdoor in a copy of the encoder.", known]
+
+
+def _poison(record: Mapping[str, Any]) -> list[str]:
+    rate, counts = mapping(record.get("rate")), mapping(record.get("counts"))
+    told = {
+        "replaced": "{} replaced by a poisoned copy",
+        "appended": "{} of another size appended",
+        "relabelled": "{} given the target's label",
+        "recaptioned": "{} given another caption",
+    }
+    known = {key: number(counts.get(key)) for key in told}
+    parts = [
+        words.format(count(int(known[key] or 0), "picture")) for key, words in told.items() if known[key]
+    ]
+    achieved, whole = number(rate.get("achieved")), number(rate.get("denominator"))
+    of = "the class aimed at" if rate.get("of") == "class" else "the set"
+    return [
+        f"{method_name(record) or 'The attack'} poisoned a training set: {', '.join(parts)}."
+        if parts
+        else "",
+        ""
+        if achieved is None or whole is None
+        else f"The poisons are {percent(achieved)} of {count(int(whole), 'picture')} of {of}.",
+        "An encoder trained on this set may carry a backdoor; whether it does shows in an evaluation.",
+    ]
 
 
 def _pretrain(record: Mapping[str, Any]) -> list[str]:

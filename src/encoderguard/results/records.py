@@ -18,6 +18,7 @@ __all__ = [
     "EncoderFacts",
     "EvaluateRecord",
     "ImageFacts",
+    "PoisonRecord",
     "PretrainRecord",
     "PurifyRecord",
     "Record",
@@ -153,6 +154,24 @@ class AttackRecord(Record):
     history: Curves = {}
 
 
+class PoisonRecord(Record):
+    """A poisoned training set, for testing detectors, defenses and filters. ``images`` is the clean set."""
+
+    job: Literal["poison"] = "poison"
+    target: int | None = None
+    """The label that the attacker aims at."""
+    target_name: str | None = None
+    reference_images: ImageFacts | None = None
+    """Pictures of the class aimed at, if they came from a set of their own."""
+    poisoned_images: ImageFacts | None = None
+    trigger: Values | None = None
+    """Kind and digest of what sets the backdoor off at test time."""
+    rate: Values = {}
+    """``asked``, ``achieved``, ``of`` (what it is a share of), ``denominator``, ``poisons``."""
+    counts: dict[str, int] = {}
+    """Pictures in the set, replaced, appended, with another label, with another caption."""
+
+
 class ScanRecord(Record):
     """A detector's answer: a behavioural indicator, never a proof that an encoder is harmless."""
 
@@ -231,6 +250,7 @@ RECORDS: dict[str, type[Record]] = {
     "attack": AttackRecord,
     "demo": DemoRecord,
     "evaluate": EvaluateRecord,
+    "poison": PoisonRecord,
     "pretrain": PretrainRecord,
     "purify": PurifyRecord,
     "scan": ScanRecord,
