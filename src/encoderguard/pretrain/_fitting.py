@@ -1,7 +1,10 @@
 """What the pre-training methods share: one call of the training loop around a model with an encoder in it."""
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from lightly.models.utils import deactivate_requires_grad
 from torch import Tensor, nn
 
 from encoderguard.encoder import Encoder
@@ -11,12 +14,21 @@ from encoderguard.plans import Plan
 from encoderguard.run import Run
 from encoderguard.training import Batch, train
 
-__all__ = ["fit", "fresh_copy"]
+__all__ = ["fit", "follower", "fresh_copy"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def fresh_copy(encoder: Encoder, run: Run) -> Encoder:
     """A copy to train, on the run's device."""
     return encoder.clone().to(run.device).requires_grad_(True)
+
+
+def follower(module: ModuleT) -> ModuleT:
+    """A copy without gradients, for a momentum encoder."""
+    copied = copy.deepcopy(module)
+    deactivate_requires_grad(copied)
+    return copied
 
 
 def fit(
