@@ -68,6 +68,7 @@ def train(
     after_step: Callable[[int, int], object] | None = None,
     monitor: Callable[[int], Mapping[str, float]] | None = None,
     fixed: Sequence[nn.Parameter] = (),
+    enough: Callable[[History], bool] | None = None,
 ) -> History:
     """Minimise the sum of the terms that ``loss`` returns over ``model``'s trainable parameters.
 
@@ -84,6 +85,7 @@ def train(
         monitor: called with the number of finished epochs after each; what it measures is shown and kept in
             the history. It must leave weights, modes and random streams alone.
         fixed: parameters of ``model`` that keep the learning rate of the plan, whatever its schedule.
+        enough: called with the history after each epoch; True ends the training before its planned length.
 
     Returns:
         The mean of each term and of ``loss`` per epoch.
@@ -95,7 +97,7 @@ def train(
     """
     require_images(images, plan.batch_size, task.capitalize())
     loop = _Loop(model, images, plan, run, task, fixed)
-    while loop.step < loop.total:
+    while loop.step < loop.total and not (enough and loop.between_epochs and enough(loop.history)):
         (prepare or model.train)()
         loop.apply(loop.terms(loss))
         if after_step is not None:
@@ -125,8 +127,12 @@ class _Loop:
         self.pixels = _resident(images, run.device)
         self._resume()
 
+    @property
+    def between_epochs(self) -> bool:
+        return self.step > 0 and self.step % self.per_epoch == 0
+
     def report(self, monitor: Callable[[int], Mapping[str, float]] | None) -> None:
-        if self.step % self.per_epoch == 0:
+        if self.between_epochs:
             for name, value in self.sums.items():
                 self.history.setdefault(name, []).append(value / self.per_epoch)
             self.sums = {}
