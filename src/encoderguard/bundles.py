@@ -68,7 +68,7 @@ def write_bundle(
 ) -> Path:
     """Write contiguous CPU tensors with their specification atomically.
 
-    With ``float16`` matrices and kernels are rounded; vectors (BatchNorm, biases) are few and stay as they are.
+    With ``float16`` matrices and kernels are rounded; vectors (BatchNorm, biases) stay as they are.
 
     Raises:
         EncoderError: a weight is too large for float16.
