@@ -8,7 +8,7 @@ from encoderguard.features import extract, extract_stages
 from encoderguard.images import ImageSet
 from encoderguard.random import Rng
 from encoderguard.run import Run, Stopped, StopSignal
-from encoderguard.triggers import Patch
+from encoderguard.triggers import ColourPatch, FreshNoise, Patch, Trigger
 
 RUN = Run(rng=Rng(0), precision="float32")
 
@@ -68,6 +68,28 @@ def test_the_trigger_is_stamped_before_the_augmentation() -> None:
     ]:
         found = extract(COLOUR, red_and_green(), run=RUN, trigger=trigger, augment=augment)
         torch.testing.assert_close(found * 255, torch.tensor(expected))
+
+
+class Pixels(nn.Module):
+    """All pixels, as features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize(
+    "trigger", [ColourPatch(size=2, span=(0, 1)), FreshNoise(), FreshNoise(grey=True)], ids=lambda t: t.title
+)
+def test_a_trigger_draws_for_every_image_and_alike_for_every_encoder(trigger: Trigger) -> None:
+    model, images = Encoder.wrap(Pixels(), taps=[]), red_and_green(20).subset([0] * 20)
+    found = extract(model, images, run=RUN, trigger=trigger, batch_size=4)
+    # without a generator of its own every batch would repeat the first
+    assert not torch.equal(found[:4], found[4:8])
+    assert len({tuple(row) for row in found.tolist()}) > 10
+    # other batches, another part of the run: the same pictures; another seed: other pictures
+    for other in (RUN, RUN.child("clean encoder", 3)):
+        assert torch.equal(extract(model, images, run=other, trigger=trigger, batch_size=7), found)
+    assert not torch.equal(extract(model, images, run=Run(rng=Rng(1)), trigger=trigger), found)
 
 
 def test_stages_are_averaged_over_space() -> None:

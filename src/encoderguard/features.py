@@ -10,6 +10,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.errors import NonFiniteError
 from encoderguard.images import ImageSet
 from encoderguard.methods import require_images
+from encoderguard.random import Rng
 from encoderguard.run import Run
 from encoderguard.triggers import Trigger
 
@@ -47,7 +48,8 @@ def extract(
         images: N images.
         run: device, precision, progress and stop signal.
         batch_size: images per forward pass; the result does not depend on it beyond rounding.
-        trigger: stamped on every image first.
+        trigger: stamped on every image first. What it draws (places, noise) differs from image to image, and
+            depends on the run's seed alone: all encoders of a comparison see the same stamped images.
         augment: applied to every (stamped) batch on the device.
 
     Raises:
@@ -97,11 +99,11 @@ def _batches(
     images: ImageSet, run: Run, batch_size: int, trigger: Trigger | None, augment: Augment | None
 ) -> Iterator[Tensor]:
     require_images(images, 1, "Extracting features")
-    done = 0
+    done, drawing = 0, Rng(run.rng.seed).generator("trigger")  # one for all batches: no place comes twice
     for cpu_batch in images.float_batches(batch_size):
         run.check_stop()
         batch = cpu_batch.to(run.device)
-        batch = batch if trigger is None else trigger(batch)
+        batch = batch if trigger is None else trigger(batch, drawing)
         yield batch if augment is None else augment(batch)
         done += len(batch)
         run.progress("extract features", done, len(images))

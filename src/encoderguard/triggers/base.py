@@ -159,10 +159,10 @@ def stamp_uint8(trigger: Trigger, images: Tensor, generator: torch.Generator | N
     return (trigger(images.float() / 255, generator) * 255).round_().to(torch.uint8)
 
 
-def reason(error: ValidationError) -> str:
-    """What pydantic found first, as the end of a sentence."""
+def reason(error: ValidationError, skip: int = 0) -> str:
+    """What pydantic found first, as the end of a sentence; ``skip`` leaves out the start of its path."""
     first = error.errors()[0]
-    where = "".join(f"[{part}]" for part in first["loc"])
+    where = "".join(f"[{part}]" for part in first["loc"][skip:])
     message = str(first["msg"]).removeprefix("Value error, ")
     return f"{message[0].lower()}{message[1:]}{f' at {where}' if where else ''}"
 

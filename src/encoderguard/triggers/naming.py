@@ -52,7 +52,7 @@ def trigger_named(name: str, image_size: int | _Shape, **settings: Any) -> Trigg
     except ValidationError as error:
         key = error.errors()[0]["loc"][0]
         raise SettingError(
-            f"Setting '{key}' of the trigger '{name}' cannot be {given.get(str(key))!r}: {reason(error)}."
+            f"Setting '{key}' of the trigger '{name}' cannot be {given.get(str(key))!r}: {reason(error, 1)}."
         ) from None
 
 
@@ -113,10 +113,13 @@ def _random_pixel(shape: _Shape, alpha: Weight = 0.2, seed: Index = 0) -> Trigge
 def _spectral(
     shape: _Shape,
     magnitude: float = 50.0,
-    coefficients: tuple[tuple[Index, Index], ...] = ((15, 15), (31, 31)),
-    window: Count = 32,
+    coefficients: tuple[tuple[Index, Index], ...] | None = None,
+    window: Count | None = None,
 ) -> Trigger:
-    return SpectralDCT(magnitude=magnitude, coefficients=coefficients, window=window)
+    side = window or min(32, *shape)  # below 32 px one small window; at its middle and its last wave
+    middle, last = side // 2 - 1, side - 1
+    waves = ((middle, middle), (last, last)) if coefficients is None else coefficients
+    return SpectralDCT(magnitude=magnitude, coefficients=waves, window=side)
 
 
 def _additive(shape: _Shape, bound: Weight = 8 / 255, seed: Index = 0) -> Trigger:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from encoderguard.errors import ImageError
+from encoderguard.errors import ImageError, SettingError
 from encoderguard.random import Rng
 from encoderguard.triggers.base import Additions, Colours, Flag, Index, Trigger, Weight, trigger_kind
 
@@ -130,6 +130,15 @@ class SpectralDCT(Trigger):
     """Row and column in the window's DCT, each below ``window``."""
     window: Annotated[int, Field(strict=True, ge=2)] = 32
     """Side of a window in pixels."""
+
+    def __post_init__(self) -> None:
+        """Also: there are coefficients, and they are in the window. Raises SettingError."""
+        super().__post_init__()
+        if not self.coefficients or max(map(max, self.coefficients)) >= self.window:
+            raise SettingError(
+                f"A spectral trigger with {self.window}-pixel windows needs coefficients below "
+                f"{self.window}, found {self.coefficients}."
+            )
 
     def pattern(self, shape: tuple[int, int]) -> Tensor:
         """What is added to an image of ``shape`` (height, width) before the clamp: float32 ``[3, H, W]``.
