@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from encoderguard.augment import SIMCLR
 from encoderguard.encoder import Encoder
-from encoderguard.errors import ImageError
+from encoderguard.errors import EncoderError, ImageError, NonFiniteError
 from encoderguard.features import extract
 from encoderguard.images import ImageSet
 from encoderguard.losses import nt_xent
@@ -25,10 +25,22 @@ from encoderguard.run import Run
 from encoderguard.similarity import neighbour_overlap
 from encoderguard.training import Batch, Plan, train
 
-__all__ = ["UTILITY_FLOOR", "Contrast", "PseudoClasses", "pseudo_classes", "split", "utility"]
+__all__ = [
+    "UTILITY_FLOOR",
+    "Contrast",
+    "Gate",
+    "PseudoClasses",
+    "Repair",
+    "begin",
+    "pseudo_classes",
+    "split",
+    "utility",
+]
 
 UTILITY_FLOOR = 0.8
 """Overlap of neighbours below which a repaired encoder is taken to have lost too much (ours)."""
+_NEIGHBOURS = 10
+_CONSTANT = 1e-5  # spread of features relative to their length
 
 
 def split(images: ImageSet, rng: Rng, share: float = 0.2, least: int = 12) -> tuple[ImageSet, ImageSet]:
@@ -47,6 +59,70 @@ def utility(repaired: Encoder, suspect: Encoder, held_out: ImageSet, *, run: Run
     """The share of common images among the ``k`` nearest, in both encoders' features: 1 is unchanged."""
     both = [extract(encoder, held_out, run=run) for encoder in (repaired, suspect)]
     return neighbour_overlap(both[0], both[1], min(k, len(held_out) - 1))
+
+
+class Gate:
+    """Measures how much of the suspect's clean behaviour an encoder still has: 1 is all."""
+
+    def __init__(self, suspect: Encoder, held_out: ImageSet, *, floor: float, run: Run) -> None:
+        self.floor, self._held_out, self._run = floor, held_out, run
+        self._features = extract(suspect, held_out, run=run)
+        spread = (self._features - self._features.mean(0)).norm(dim=1).mean()
+        if not spread > _CONSTANT * self._features.norm(dim=1).mean():
+            raise EncoderError(
+                f"The encoder gives the same features for all {len(held_out)} images held out of "
+                f"{held_out.name}, so nothing in it can be repaired; check its weights and preprocessing."
+            )
+
+    def measure(self, encoder: Encoder) -> float:
+        """The share of common images among the 10 nearest held-out ones; 0 if features are not finite."""
+        try:
+            features = extract(encoder, self._held_out, run=self._run)
+        except NonFiniteError:
+            return 0.0
+        return neighbour_overlap(features, self._features, min(_NEIGHBOURS, len(features) - 1))
+
+    @property
+    def count(self) -> int:
+        """Images held out."""
+        return len(self._held_out)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What every repair starts from."""
+
+    suspect: Encoder
+    """Frozen, in eval mode, on the device."""
+    images: ImageSet
+    """To train on."""
+    gate: Gate
+    """On the images held out."""
+
+
+def begin(
+    encoder: Encoder, images: ImageSet, *, batch_size: int, floor: float, purpose: str, run: Run
+) -> Repair:
+    """Copy the suspect and hold a fifth of the images out.
+
+    Args:
+        encoder: unchanged.
+        images: clean; no labels are looked at.
+        batch_size: of the training that follows.
+        floor: utility below which an encoder is not kept.
+        purpose: begins the message of an error.
+        run: surroundings; its seed decides which images are held out.
+
+    Raises:
+        ImageError: fewer images than a batch beside those held out.
+        EncoderError: the encoder's features do not depend on the image.
+        NonFiniteError: its features are NaN or infinite.
+    """
+    least = max(24, batch_size + 12, -(-batch_size * 5 // 4))
+    require_images(images, least, f"{purpose} in batches of {batch_size}, with a fifth held out,")
+    used, held_out = split(images, run.rng)
+    suspect = encoder.frozen().to(run.device)
+    return Repair(suspect, used, Gate(suspect, held_out, floor=floor, run=run))
 
 
 @dataclass(frozen=True)
