@@ -27,7 +27,16 @@ from encoderguard.run import Run
 ALL = [(family, name) for family in FAMILIES for name in method_names(family)]
 SHORT: dict[str, dict[str, object]] = {
     "simclr": {"epochs": 1, "batch_size": 8},
+    "moco": {"epochs": 1, "batch_size": 8},
+    "byol": {"epochs": 1, "batch_size": 8, "hidden_dim": 16, "projection_dim": 8},
+    "simsiam": {"epochs": 1, "batch_size": 8, "hidden_dim": 16, "predictor_dim": 8},
+    "supervised": {"epochs": 1, "batch_size": 8},
+    "clip": {"epochs": 1, "batch_size": 8, "text_width": 16, "vocabulary": 64},
+    "adaptive_decree": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
+    "adaptive_mimic": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
     "badencoder": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
+    "drupe": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
+    "transtroj": {"epochs": 1, "batch_size": 8, "trigger_epochs": 1},
     "ssl_backdoor": {"patch_size": 3},
     "ctrl": {"rate": 0.1, "window": 8, "coefficients": ((3, 3), (7, 7))},
     "corrupt_encoder": {"rate": 0.2, "patch_size": 3, "support_share": 0.4},
@@ -59,7 +68,8 @@ def labelled() -> ImageSet:
 def outcome(method: Method, subject: Encoder, seed: int) -> Encoder | Detection | Poisoned | Ranking:
     run = Run(rng=Rng(seed))
     if isinstance(method, Pretraining):
-        return method.train(subject, images(), run=run).encoder
+        trained_on = labelled() if method.needs_labels else images()
+        return method.train(subject, trained_on, run=run).encoder
     if isinstance(method, EncoderAttack):
         return method.plant(subject, images(), [Reference(image=images().take([0])[0])], run=run).encoder
     if isinstance(method, Defense):

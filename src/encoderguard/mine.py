@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from encoderguard.random import Rng
 
-__all__ = ["mine"]
+__all__ = ["donsker_varadhan", "mine", "statistic", "statistics_weights"]
 
 
 def mine(
@@ -48,7 +48,7 @@ def mine(
     order = rng.permutation(len(h), "halves")
     fit, rest = order.chunk(2) if hold_out else (order, order[:0])
     size = min(batch_size, max(2, len(fit) // 2))
-    weights = _statistics_weights(h.shape[1] + z.shape[1], hidden, rng)
+    weights = statistics_weights(h.shape[1] + z.shape[1], hidden, rng)
     optimizer = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay, fused=True)
     average, values = None, []
     for epoch in range(epochs):
@@ -56,7 +56,7 @@ def mine(
             if len(batch) < size:
                 continue
             other = batch[rng.permutation(size, "marginal", epoch, int(batch[0]))]
-            joint, marginal = _statistic(weights, h[batch], z[batch]), _statistic(weights, h[batch], z[other])
+            joint, marginal = statistic(weights, h[batch], z[batch]), statistic(weights, h[batch], z[other])
             log_mean = torch.logsumexp(marginal, 0) - math.log(size)
             current = log_mean.detach().exp()
             average = current if average is None else (1 - ema) * average + ema * current
@@ -72,14 +72,25 @@ def mine(
 
 @torch.no_grad()
 def _bound(weights: Sequence[Tensor], h: Tensor, z: Tensor, rng: Rng, shuffles: int = 8) -> float:
-    joint = _statistic(weights, h, z).mean()
+    joint = statistic(weights, h, z)
     marginal = torch.cat(
-        [_statistic(weights, h, z[rng.permutation(len(z), "held-out marginal", s)]) for s in range(shuffles)]
+        [statistic(weights, h, z[rng.permutation(len(z), "held-out marginal", s)]) for s in range(shuffles)]
     )
-    return float(joint - (torch.logsumexp(marginal, 0) - math.log(len(marginal))))
+    return float(donsker_varadhan(joint, marginal))
 
 
-def _statistics_weights(inputs: int, hidden: int, rng: Rng) -> list[Tensor]:
+def donsker_varadhan(joint: Tensor, marginal: Tensor) -> Tensor:
+    """``E[T(h, z)] - log E[exp T(h, z')]``, a lower bound on I(h; z) in nats.
+
+    Args:
+        joint: ``[N]``, the statistic of pairs.
+        marginal: ``[M]``, the statistic of h with the z of others.
+    """
+    return joint.mean() - (torch.logsumexp(marginal, 0) - math.log(len(marginal)))
+
+
+def statistics_weights(inputs: int, hidden: int, rng: Rng) -> list[Tensor]:
+    """Weights and biases of MIMIC's statistics network: inputs - hidden - hidden - 1, ReLU between."""
     generator = rng.generator("statistics network")
     weights = []
     for rows, columns in ((hidden, inputs), (hidden, hidden), (1, hidden)):
@@ -91,7 +102,8 @@ def _statistics_weights(inputs: int, hidden: int, rng: Rng) -> list[Tensor]:
     return weights
 
 
-def _statistic(weights: Sequence[Tensor], h: Tensor, z: Tensor) -> Tensor:
+def statistic(weights: Sequence[Tensor], h: Tensor, z: Tensor) -> Tensor:
+    """T(h, z), ``[N]``, of ``h [N, A]`` and ``z [N, B]``."""
     x = torch.cat([h, z], 1)
     x = F.relu(F.linear(x, weights[0], weights[1]))
     x = F.relu(F.linear(x, weights[2], weights[3]))

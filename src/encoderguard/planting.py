@@ -1,17 +1,17 @@
-"""The one fine-tuning loop of attackers who own the encoder, and the terms that their losses add up.
+"""The one fine-tuning loop of attackers who own the encoder.
 
-Per step there is one joint forward pass of the encoder under attack: stamped images, clean images, references and
-augmented references. BatchNorm is frozen, so that this equals separate passes. The shadow set is not augmented,
-so the clean encoder sees it once, before training; a reference is forwarded once per step, whatever the batch.
+Per step there is one joint forward pass of the encoder under attack: stamped images, clean images, references
+and augmented references. BatchNorm is frozen, so that this equals separate passes. The shadow set is not
+augmented, so the clean encoder sees it once, before training; a reference is forwarded once per step,
+whatever the batch size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from encoderguard.augment import SIMCLR_NO_CROP
 from encoderguard.encoder import Encoder
@@ -20,24 +20,13 @@ from encoderguard.features import extract
 from encoderguard.images import ImageSet
 from encoderguard.losses import cosine_distance
 from encoderguard.methods import History, Reference
+from encoderguard.planting_terms import Features, Terms, nearest
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Batch, Plan, train
 from encoderguard.triggers import Trigger
 
-__all__ = [
-    "Features",
-    "Pair",
-    "Planter",
-    "Terms",
-    "collapse",
-    "effectiveness",
-    "freeze_batch_norm",
-    "nearest",
-    "pair_up",
-    "reference_kept",
-    "utility",
-]
+__all__ = ["Pair", "Planter", "freeze_batch_norm", "pair_up"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,69 +36,6 @@ class Pair:
     trigger: Trigger
     references: Tensor
     label: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What the terms of one step see: float32 features, one row per image; f' is trained, f is the clean encoder."""
-
-    triggered: tuple[Tensor, ...]
-    """Per pair ``[N, D]``: f' of the batch with that pair's trigger."""
-    references: tuple[Tensor, ...]
-    """Per pair ``[K, D]``: f' of its references."""
-    references_clean: tuple[Tensor, ...]
-    """Per pair ``[K, D]``: f of its references."""
-    views: Tensor
-    """``[V, D]``: f' of augmented references, taken in turn."""
-    views_clean: Tensor
-    """``[V, D]``: f of the same references, not augmented."""
-    images: Tensor
-    """``[N, D]``: f' of the clean batch."""
-    images_clean: Tensor
-    """``[N, D]``: f of the clean batch."""
-    batch: Batch
-    triggered_stages: tuple[tuple[Tensor, ...], ...] = ()
-    """Per pair, per stage ``[N, C]``: stage maps of f' averaged over space; empty unless asked for."""
-    images_stages: tuple[Tensor, ...] = ()
-    """Per stage ``[N, C]``: the same of the clean batch."""
-
-
-Terms = Callable[[Features], dict[str, Tensor]]
-"""Maps the features of a step to weighted scalar terms, whose sum is minimised."""
-
-
-def nearest(triggered: Tensor, references: Tensor) -> Tensor:
-    """``[N, D]``: for each row of ``triggered [N, D]`` the row of ``references [K, D]`` at the largest cosine."""
-    similarity = F.normalize(triggered, dim=1) @ F.normalize(references, dim=1).T
-    return references[similarity.argmax(1)]
-
-
-def effectiveness(features: Features) -> Tensor:
-    """BadEncoder's L0 plus 1: distance of stamped images to the nearest of their references under f'.
-
-    Several pairs count equally.
-    """
-    distances = []
-    for triggered, references in zip(features.triggered, features.references, strict=True):
-        single = len(references) == 1
-        aim = references.expand_as(triggered) if single else nearest(triggered, references)
-        distances.append(cosine_distance(triggered, aim))
-    return torch.stack(distances).mean()
-
-
-def reference_kept(features: Features) -> Tensor:
-    """BadEncoder's L1 plus 1: augmented references under f' stay near the references under f."""
-    return cosine_distance(features.views, features.views_clean)
-
-
-def utility(features: Features) -> Tensor:
-    """BadEncoder's L2 plus 1: clean images stay where they are."""
-    return cosine_distance(features.images, features.images_clean)
-
-
-def collapse(features: Features) -> Tensor:
-    """Mean cosine over all pairs of different images with the same trigger: DRUPE's S_bb, what DECREE looks for."""
-    return torch.stack([mean_pairwise_cosine(triggered) for triggered in features.triggered]).mean()
 
 
 def freeze_batch_norm(module: Encoder) -> Encoder:
@@ -228,12 +154,12 @@ class Planter:
             found, maps = self.victim.features_and_stages(joint)
         else:
             found = self.victim(joint)
-        *triggered, kept, targets, seen = found.split([n] * t + [n, len(self.pixels), v])
-        pooled = [stage[: (t + 1) * n].mean((2, 3), dtype=torch.float32).split(n) for stage in maps]
+        *triggered, kept, targets, seen = torch.split(found, [n] * t + [n, len(self.pixels), v])
+        pooled = [torch.split(m[: (t + 1) * n].mean((2, 3), dtype=torch.float32), n) for m in maps]
         return Features(
             triggered=tuple(triggered),
-            references=targets.split(self.sizes),
-            references_clean=self.aims.split(self.sizes),
+            references=torch.split(targets, self.sizes),
+            references_clean=torch.split(self.aims, self.sizes),
             views=seen,
             views_clean=self.aims[owner],
             images=kept,
@@ -253,7 +179,7 @@ class Planter:
         sample = self.images.take(chosen).to(self.run.device).float() / 255
         victim, frozen = self.victim.eval(), self.frozen
         kept, rows = victim(sample), []
-        for pair, aim_before in zip(self.pairs, self.aims.split(self.sizes), strict=True):
+        for pair, aim_before in zip(self.pairs, torch.split(self.aims, self.sizes), strict=True):
             stamped = pair.trigger(sample)
             now, before = victim(stamped), frozen(stamped)
             aim = nearest(now, victim(pair.references.to(sample.device)))

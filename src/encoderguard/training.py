@@ -42,6 +42,8 @@ class Batch:
     """Streams of this step."""
     canvases: Tensor | None = None
     """Further pictures of this step that have another size: float32 ``[C, 3, H', W']``."""
+    epoch: int = 0
+    """The pass over the images that this step is part of, from 0."""
 
     def views(self, augmentation: Augmentation, count: int = 2) -> list[Tensor]:
         """``count`` random views ``[B + C, 3, H, W]`` of every picture, those of canvases last."""
@@ -159,7 +161,7 @@ class _Loop:
             wide = self._floats(self.wide[chosen[chosen >= own] - own])
             chosen = chosen[chosen < own]
         source = self.images.take(chosen) if self.pixels is None else self.pixels[chosen.to(self.run.device)]
-        batch = Batch(self._floats(source), chosen, self.run.rng.child("step", self.step), wide)
+        batch = Batch(self._floats(source), chosen, self.run.rng.child("step", self.step), wide, epoch)
         with self.run.autocast():
             return loss(batch)
 

@@ -12,7 +12,8 @@ from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
 from encoderguard.methods import EncoderAttack, Planted, Reference
-from encoderguard.planting import Features, Planter, effectiveness, pair_up, reference_kept, utility
+from encoderguard.planting import Planter, pair_up
+from encoderguard.planting_terms import Features, effectiveness, reference_kept, utility
 from encoderguard.run import Run
 from encoderguard.training import Plan
 from encoderguard.triggers import Patch, Trigger, load_trigger, trigger_named

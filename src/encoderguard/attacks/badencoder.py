@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from encoderguard.attacks._finetuning import Planting
-from encoderguard.planting import Features
+from encoderguard.planting_terms import Features
 from encoderguard.registry import register
 
 __all__ = ["BadEncoder"]
@@ -31,9 +31,9 @@ class BadEncoder(Planting):
 
     Same as the authors' code, at less cost: f(x) is computed once for the shadow set, which is not
     augmented, and a reference is forwarded once per step and broadcast, not once per image. The augmented
-    reference is drawn ``reference_views`` times per step instead of once per image. A departure from the paper:
-    of several references of a target the nearest counts (the paper averages over all), which one reference
-    does not show. Several targets, each with its own trigger, count equally, as in the paper.
+    reference is drawn ``reference_views`` times per step instead of once per image. A departure from the
+    paper: of several references of one target the nearest counts, where the paper averages over all. Several
+    targets, each with its own trigger, count equally, as in the paper.
     """
 
     name: ClassVar[str] = "badencoder"
