@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("results",),
     ("report",),
     ("jobs",),
+    ("zoo",),
     ("story", "demo", "bench"),
     ("cli", "__main__"),
     ("__init__",),  # the public API of the whole package

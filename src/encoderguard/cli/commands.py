@@ -55,17 +55,22 @@ def finish(record: Record, common: Common) -> int:
 @command
 def pretrain(
     method: Annotated[str, typer.Argument(help="Such as simclr; see 'encoderguard list'.")] = "simclr",
-    images: Annotated[str, typer.Option(help=f"Unlabelled images: {_SETS}.")] = "digits:train",
+    images: Annotated[str, typer.Option(help=f"Images to train on: {_SETS}.")] = "digits:train",
     arch: Annotated[str, typer.Option(help="resnet18, resnet34, timm:NAME, torchvision:NAME.")] = "resnet18",
     width: Annotated[int, typer.Option(min=1, help="Channels of the first stage of a ResNet.")] = 64,
     stem: Annotated[Literal["cifar", "imagenet"], typer.Option(help="First layers of a ResNet.")] = "cifar",
     count: Count = None,
+    monitor_train: Annotated[
+        str | None, typer.Option(help="Labelled images, to show kNN accuracy while training.")
+    ] = None,
+    monitor_test: Annotated[str | None, typer.Option(help="Labelled images that the accuracy is of.")] = None,
+    monitor_every: Annotated[int, typer.Option(min=1, help="Epochs between two measurements.")] = 1,
     setting: Settings = None,
     resume: Resume = False,
     *,
     common: Common,
 ) -> int:
-    """Train an encoder on unlabelled images."""
+    """Train an encoder."""
     from encoderguard import jobs
 
     settings = parse_settings(setting)
@@ -80,6 +85,9 @@ def pretrain(
             width=width,
             stem=stem,
             count=count,
+            monitor_train=monitor_train,
+            monitor_test=monitor_test,
+            monitor_every=monitor_every,
             **options,
         ),
         resume=resume,

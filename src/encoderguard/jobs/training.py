@@ -13,12 +13,14 @@ from encoderguard.errors import SettingError
 from encoderguard.image_decoding import decode, fit
 from encoderguard.images import ImageSet
 from encoderguard.jobs.facts import encoder_facts, image_facts
-from encoderguard.jobs.folder import ARRAYS, ENCODER, TRIGGER
+from encoderguard.jobs.folder import ARRAYS, ENCODER, HEAD, TRIGGER
+from encoderguard.jobs.heads import write_head
 from encoderguard.jobs.job import Job
 from encoderguard.jobs.options import JobOptions
 from encoderguard.jobs.pictures import embeddings, examples, write_arrays
 from encoderguard.loading import spec_for
-from encoderguard.methods import EncoderAttack, Planted, Pretrained, Pretraining, Reference
+from encoderguard.methods import EncoderAttack, Monitor, Planted, Pretrained, Pretraining, Reference
+from encoderguard.monitoring import KNNMonitor
 from encoderguard.references import choose_reference, read_field_reference
 from encoderguard.results import AttackRecord, PretrainRecord
 from encoderguard.triggers import save_trigger
@@ -53,9 +55,12 @@ def pretrain(
     width: int = 64,
     stem: Stem = "cifar",
     count: int | None = None,
+    monitor_train: ImageSet | str | None = None,
+    monitor_test: ImageSet | str | None = None,
+    monitor_every: int = 1,
     **options: Unpack[JobOptions],
 ) -> PretrainResult:
-    """Train an encoder on unlabelled images.
+    """Train an encoder; labels are looked at only by methods that need them.
 
     Args:
         images: an image set or its spec.
@@ -66,7 +71,12 @@ def pretrain(
         width: channels of the first stage.
         stem: ``cifar`` for small images, ``imagenet`` for large ones.
         count: images to draw with the seed; None takes all.
-        options: see JobOptions. ``out`` receives ``encoder.safetensors``, the record and the report.
+        monitor_train: labelled clean images for a kNN accuracy that is measured while training, and shown;
+            it changes nothing else.
+        monitor_test: labelled clean images that the accuracy is of; needed with the former.
+        monitor_every: epochs from one measurement to the next.
+        options: see JobOptions. ``out`` receives ``encoder.safetensors``, the record, the report, and
+            ``head.safetensors`` where the method keeps a classifier or a text tower.
 
     Raises:
         UsageError: an argument cannot be used as given.
@@ -80,16 +90,45 @@ def pretrain(
             spec = spec_for(architecture, width=width, stem=stem, normalisation=named)
             encoder = Encoder.build(spec, job.run.rng.child("encoder"))
         job.encoder(encoder)
-        used, _ = job.draw(job.images(images), count)
+        used, _ = job.draw(_training_images(job, chosen, images), count)
+        monitor = _monitor(job, monitor_train, monitor_test, monitor_every)
         job.begin()
         with job.timing() as run:
-            done = chosen.train(encoder, used, run=replace(run, rng=run.rng.child("pretrain")))
+            done = chosen.train(
+                encoder, used, run=replace(run, rng=run.rng.child("pretrain")), monitor=monitor
+            )
         job.check(done.encoder, used)
         arrays = examples(used) | embeddings({"embedding": done.encoder}, used, run=run)
         job.output(ENCODER, partial(done.encoder.save, provenance=job.provenance()))
+        if done.head is not None:
+            job.output(HEAD, partial(write_head, done.head))
         job.output(ARRAYS, partial(write_arrays, arrays))
         record = job.finish(result_encoder=encoder_facts(done.encoder), history=done.history)
     return PretrainResult(record, done.encoder, done)
+
+
+def _training_images(job: Job[PretrainRecord], method: Pretraining, given: ImageSet | str) -> ImageSet:
+    if not method.needs_labels:
+        return job.images(given)
+    if method.takes_captions:
+        found = job.images(given)
+        if found.captions is not None:
+            return found
+    return job.images(given, labels=True)
+
+
+def _monitor(
+    job: Job[PretrainRecord], train: ImageSet | str | None, test: ImageSet | str | None, every: int
+) -> Monitor | None:
+    if train is None and test is None:
+        return None
+    if train is None or test is None:
+        raise SettingError("A monitor needs both --monitor-train and --monitor-test, labelled clean images.")
+    if every < 1:
+        raise SettingError(f"The epochs between two measurements must be at least 1, found {every}.")
+    return KNNMonitor(
+        train=job.images(train, labels=True), test=job.images(test, labels=True), run=job.run, every=every
+    )
 
 
 def attack(

@@ -14,7 +14,7 @@ from encoderguard.plans import Plan
 from encoderguard.run import Run
 from encoderguard.training import Batch, train
 
-__all__ = ["fit", "follower", "fresh_copy"]
+__all__ = ["fit", "follower", "fresh_copy", "kept"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -62,3 +62,8 @@ def fit(
         monitor=measure,
         fixed=fixed,
     )
+
+
+def kept(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state on the CPU, to be stored beside the encoder."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}

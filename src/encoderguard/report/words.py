@@ -210,6 +210,6 @@ def _poison(record: Mapping[str, Any]) -> list[str]:
 
 
 def _pretrain(record: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{method_name(record) or 'The method'} trained an encoder on {_image_count(record)}, without labels."
-    ]
+    labelled = mapping(record.get("images")).get("labelled") is True
+    name = method_name(record) or "The method"
+    return [f"{name} trained an encoder on {_image_count(record)}{'' if labelled else ', without labels'}."]
