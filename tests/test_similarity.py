@@ -14,6 +14,7 @@ from encoderguard.similarity import (
     mean_pairwise_cosine,
     neighbour_overlap,
     standardise,
+    z_score,
 )
 
 seeds = st.integers(0, 2**32)
@@ -202,3 +203,29 @@ def test_map_of_one_dimension_uses_one_coordinate() -> None:
     found = embedding_map(torch.tensor([[0.0], [1.0], [5.0]]))
     assert (found[:, 1] == 0).all()
     torch.testing.assert_close((found[2, 0] - found[0, 0]).abs(), torch.tensor(5.0))
+
+
+# z-score
+
+
+def test_z_score_of_four_vectors_by_hand() -> None:
+    clean = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])  # cosines 0, 1, 0: mean 1/3, variance 2/9
+    triggered = torch.tensor([[1.0, 1.0], [5.0, 5.0]])  # cosine 1
+    assert z_score(clean, triggered) == pytest.approx((1 - 1 / 3) / (2 / 9))
+    assert z_score(clean, triggered, "var") == pytest.approx(3)
+    assert z_score(clean, triggered, "std") == pytest.approx((2 / 3) / (2 / 9) ** 0.5)
+    assert z_score(clean, clean) == pytest.approx(0)
+
+
+@given(seeds, st.integers(3, 12))
+def test_z_score_equals_the_sum_over_pairs(seed: int, n: int) -> None:
+    clean, triggered = gauss(seed, n, 5), gauss(seed, 4, 5, part="y")
+    unit = F.normalize(clean, dim=1)
+    pairs = torch.stack([unit[i] @ unit[j] for i in range(n) for j in range(n) if i != j])
+    expected = (mean_pairwise_cosine(triggered) - pairs.mean()) / pairs.std(correction=0)
+    assert z_score(clean, triggered, "std") == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_z_score_needs_more_than_one_clean_pair() -> None:
+    with pytest.raises(ImageError, match="The dispersion of a z-score needs at least 3 images, found 2"):
+        z_score(gauss(0, 2, 4), gauss(1, 9, 4))

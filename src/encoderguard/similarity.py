@@ -3,6 +3,8 @@
 Rows are images, columns are feature dimensions. Nothing here knows of encoders or triggers.
 """
 
+from typing import Literal
+
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -16,6 +18,7 @@ __all__ = [
     "mean_pairwise_cosine",
     "neighbour_overlap",
     "standardise",
+    "z_score",
 ]
 
 _CHUNK = 1024
@@ -43,6 +46,37 @@ def mean_pairwise_cosine(z: Tensor) -> Tensor:
     together = unit.sum(-2).square().sum(-1)
     alone = unit.square().sum((-2, -1))
     return (together - alone) / (n * (n - 1))
+
+
+def z_score(
+    clean_features: Tensor, triggered_features: Tensor, dispersion: Literal["var", "std"] = "var"
+) -> float:
+    """How much more alike a trigger makes features, in units of how much clean pairs differ.
+
+    The backdoor z-score of Carlini and Terzis (2022): the mean cosine over pairs of triggered images minus
+    that over pairs of clean ones, divided by the variance of the latter, as in DECREE's code. A bound of 2.5
+    means something for ``var`` alone; ``std`` is what a z-score usually divides by.
+
+    Args:
+        clean_features: ``[N, D]``, of images without the trigger.
+        triggered_features: ``[M, D]``, of images with it.
+        dispersion: of the cosines of all pairs of different clean rows, both without Bessel's correction.
+
+    Returns:
+        Any number; 0 if the trigger changes nothing. Not finite if all clean pairs are equally alike.
+
+    Raises:
+        ImageError: fewer than three clean rows (two make one pair), or fewer than two triggered ones.
+    """
+    _require_rows(len(clean_features), 3, "The dispersion of a z-score")
+    clean, triggered = clean_features.double(), triggered_features.double()
+    unit = F.normalize(clean, dim=1)
+    n, mean = len(unit), mean_pairwise_cosine(clean)
+    # the sum of all squared cosines is the squared norm of U'U; each row with itself gives its own square
+    squares = (unit.T @ unit).square().sum() - unit.square().sum(1).square().sum()
+    variance = (squares / (n * (n - 1)) - mean.square()).clamp_min(0)
+    scale = variance if dispersion == "var" else variance.sqrt()
+    return float((mean_pairwise_cosine(triggered) - mean) / scale)
 
 
 def standardise(z: Tensor, reference: Tensor, *, floor: float = 0.1) -> Tensor:

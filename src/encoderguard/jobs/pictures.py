@@ -77,7 +77,8 @@ def embeddings(
         run: surroundings.
         trigger: stamped on the images.
     """
-    some = images.subset(torch.arange(min(_POINTS, len(images))))
+    first = images.take(torch.arange(min(_POINTS, len(images))))
+    some = ImageSet.from_arrays(first, name=images.name)  # canvases, if there are any, are left out
     features: dict[str, Tensor] = {}
     for name, encoder in encoders.items():
         features[name] = extract(encoder, some, run=run)
