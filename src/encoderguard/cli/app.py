@@ -11,6 +11,7 @@ from encoderguard.cli import commands
 from encoderguard.cli.bench import bench
 from encoderguard.cli.running import STOPPED, guarded, say
 from encoderguard.cli.story import demo
+from encoderguard.cli.zoo import zoo
 
 __all__ = ["app", "main"]
 
@@ -34,6 +35,7 @@ for job in (
 ):
     app.command()(job)
 app.add_typer(bench, name="bench")
+app.add_typer(zoo, name="zoo")
 
 
 @app.command()

@@ -13,8 +13,9 @@ from encoderguard.errors import EncoderGuardError, OutputError
 
 if TYPE_CHECKING:
     from encoderguard.cli.options import Common
+    from encoderguard.run import Progress, StopSignal
 
-__all__ = ["STOPPED", "default_folder", "guarded", "run_job", "say"]
+__all__ = ["STOPPED", "default_folder", "guarded", "run_job", "say", "watched"]
 
 STOPPED = 130
 _DEBUG = "ENCODERGUARD_DEBUG"
@@ -90,6 +91,17 @@ def _warnings_shown() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[tuple["Progress", "StopSignal"]]:
+    """Progress bars, and a signal that Ctrl-C sets, for work that is not a single job."""
+    from encoderguard.progress import ProgressBars
+    from encoderguard.run import StopSignal
+
+    stop, bars = StopSignal(), ProgressBars()
+    with _warnings_shown(), stop.listening(), bars:
+        yield bars, stop
 
 
 def run_job(name: str, common: "Common", work: Callable[..., T], *, resume: bool = False) -> T:

@@ -1,0 +1,102 @@
+"""Runs suites: plan, compute what is missing, write tables and figures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from encoderguard.bench.cells import Places, open_images
+from encoderguard.bench.engine import Backend, Local, Outcome, run_cells
+from encoderguard.bench.outcome import collect, write_result
+from encoderguard.bench.page import write_pages
+from encoderguard.bench.plan import Plan, make_plan
+from encoderguard.bench.store import Store
+from encoderguard.bench.suite import SizeName, load_suite, size_named, suite_names
+from encoderguard.errors import RunError, SettingError
+from encoderguard.run import Progress, StopSignal
+
+__all__ = ["EngineName", "plans", "run_bench"]
+
+EngineName = Literal["local", "ray"]
+
+
+def plans(suites: Sequence[str], size: str, places: Places) -> list[Plan]:
+    """The plans of the named suites; ``all`` is every suite that comes with the package.
+
+    Raises:
+        SettingError: an unknown suite, size, method, setting or task.
+        ImageError: the pre-training images cannot be had.
+    """
+    names = suite_names() if list(suites) == ["all"] else list(suites)
+    digests: dict[str, str] = {}
+
+    def digest(spec: str) -> str:
+        if spec not in digests:
+            digests[spec] = open_images(spec, places).digest
+        return digests[spec]
+
+    chosen, base = size_named(size), Path(size).stem
+    as_size: Any = base if base in SizeName.__args__ else "small"  # type: ignore[attr-defined]
+    return [make_plan(load_suite(name).sized(as_size), chosen, base, digest=digest) for name in names]
+
+
+def run_bench(
+    suites: Sequence[str],
+    *,
+    size: str = "tiny",
+    out: Path,
+    store: Path | None = None,
+    places: Places | None = None,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    progress: Progress = lambda task, done, total, note="": None,
+    stop: StopSignal | None = None,
+) -> tuple[list[Path], Outcome]:
+    """Compute suites and write ``OUT/SUITE-SIZE/`` for each.
+
+    Args:
+        suites: names, TOML files, or ``all``.
+        size: ``tiny``, ``small``, ``paper``, or a TOML file with the fields of a size.
+        out: folder of the results.
+        store: folder of the finished cells, shared by all suites; ``OUT/store`` by default.
+        places: where data are, which device.
+        engine: worker processes here, or Ray.
+        workers: cells at the same time; all cores by default.
+        progress: shown as cells finish.
+        stop: set it to stop; cells resume from their checkpoints.
+
+    Returns:
+        The pages, and what became of the cells.
+
+    Raises:
+        UsageError: an argument cannot be used as given.
+        RunError: a cell failed; everything that did not need it is there.
+        Stopped: the user asked to stop.
+    """
+    if not suites:
+        raise SettingError(f"Name a suite, or all; known are {', '.join(suite_names())}.")
+    where, kept = places or Places(), Store(store or out / "store")
+    count = workers or os.cpu_count() or 1
+    planned = plans(suites, size, where)
+    cells = list(dict.fromkeys(cell for plan in planned for cell in plan.cells()))
+
+    def make() -> Backend:
+        if engine == "ray":
+            from encoderguard.bench.on_ray import OnRay
+
+            return OnRay(kept, where, workers=count)
+        return Local(kept, where, workers=count)
+
+    outcome = run_cells(cells, kept, make, progress=progress, stop=stop or StopSignal(), at_once=count)
+    pages = []
+    for plan in planned:
+        folder = out / f"{plan.suite.name}-{plan.size}"
+        write_result(collect(plan, kept, outcome), folder)
+        pages.append(write_pages(folder))
+    if outcome.failed:
+        first = next(iter(outcome.failed.values()))
+        raise RunError(
+            f"{len(outcome.failed)} of {len(cells)} cells failed; the first: {first} "
+            f"The tables in {out} name them all."
+        )
+    return pages, outcome

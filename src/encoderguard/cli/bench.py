@@ -1,0 +1,114 @@
+"""The benchmark from the command line."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from encoderguard.cli.running import guarded, say, watched
+
+__all__ = ["bench"]
+
+bench = typer.Typer(help="Settle claims: tables and figures of the papers, by one command each.")
+
+Packs = Annotated[
+    Path | None,
+    typer.Option(envvar="ENCODERGUARD_DATA", help="Folder with image sets as subfolders, by name."),
+]
+
+
+@bench.command("run")
+def run(
+    suites: Annotated[list[str], typer.Argument(help="Suites by name or TOML file, or: all.")],
+    size: Annotated[str, typer.Option(help="tiny, small, paper, or a TOML file.")] = "tiny",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/bench"),
+    store: Annotated[
+        Path | None, typer.Option(help="Folder of finished cells.", show_default="OUT/store")
+    ] = None,
+    packs: Packs = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where torchvision keeps its data sets.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download what is missing.")] = False,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Worker processes here, or Ray.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Cells at the same time.", show_default="all cores")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be computed.")] = False,
+) -> int:
+    """Run suites; what is in the store is not computed again."""
+
+    def work() -> int:
+        from encoderguard.bench.cells import Places
+        from encoderguard.bench.run import plans, run_bench
+
+        places = Places(
+            packs=None if packs is None else str(packs),
+            data_root=None if data_root is None else str(data_root),
+            download=download,
+            device=device,
+        )
+        if dry_run:
+            for plan in plans(suites, size, places):
+                print(f"{plan.suite.name}: {len(plan.cells())} cells, {len(plan.rows)} rows")
+                for line in plan.missing:
+                    print(f"  {line}")
+            return 0
+        with watched() as (progress, stop):
+            pages, outcome = run_bench(
+                suites,
+                size=size,
+                out=out,
+                store=store,
+                places=places,
+                engine=engine,
+                workers=workers,
+                progress=progress,
+                stop=stop,
+            )
+        for line in outcome.quarantined:
+            say(f"Warning: set aside and computed again: {line}")
+        print(f"{len(outcome.computed)} cells computed, {len(outcome.kept)} were there.")
+        for page in pages:
+            print(page)
+        return 0
+
+    return guarded(work)
+
+
+@bench.command("list")
+def list_suites(
+    as_json: Annotated[bool, typer.Option("--json", help="All details as JSON.")] = False,
+) -> int:
+    """Show the suites that come with the package."""
+
+    def show() -> int:
+        from encoderguard.bench.suite import load_suite, suite_names
+
+        known = [load_suite(name) for name in suite_names()]
+        if as_json:
+            print(json.dumps([suite.model_dump(mode="json") for suite in known], indent=2))
+        else:
+            for suite in known:
+                print(f"{suite.name:28} {suite.item:12} {suite.title}")
+        return 0
+
+    return guarded(show)
+
+
+@bench.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A result, or a folder of results.", show_default=False)],
+) -> int:
+    """Compute every table again from its records; fails on a number that no record gives."""
+
+    def work() -> int:
+        from encoderguard.bench.page import verify_all
+
+        count, faults = verify_all(folder)
+        for fault in faults:
+            print(fault)
+        print(f"{count} results, {len(faults)} faults.")
+        return 2 if faults else 0
+
+    return guarded(work)
