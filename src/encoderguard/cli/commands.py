@@ -161,6 +161,7 @@ def poison(
             show_default="those in the images",
         ),
     ] = None,
+    count: Count = None,
     setting: Settings = None,
     *,
     common: Common,
@@ -173,7 +174,13 @@ def poison(
         f"poison-{method}",
         common,
         lambda **options: jobs.poison(
-            images, method=method, target=target, settings=settings, references=references, **options
+            images,
+            method=method,
+            target=target,
+            settings=settings,
+            references=references,
+            count=count,
+            **options,
         ),
     )
     return finish(result.record, common)

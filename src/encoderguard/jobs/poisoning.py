@@ -38,6 +38,7 @@ def poison(
     target: int,
     settings: Mapping[str, Any] | None = None,
     references: ImageSet | str | None = None,
+    count: int | None = None,
     **options: Unpack[JobOptions],
 ) -> PoisonResult:
     """Poison a copy of a labelled training set, to train an encoder on it and test what finds the backdoor.
@@ -49,6 +50,7 @@ def poison(
         settings: of the named attack.
         references: pictures of the class aimed at, or their spec, for attacks that paste such pictures; by
             default those in ``images``.
+        count: images to draw with the seed before they are poisoned; None takes all.
         options: see JobOptions. ``out`` receives ``poisoned.npz``, ``manifest.json``, ``trigger.json``, the
             record and the report.
 
@@ -64,9 +66,9 @@ def poison(
                 f"'{chosen.name}' fine-tunes an encoder and poisons no training set; "
                 f"use 'encoderguard attack {chosen.name} ENCODER'."
             )
-        clean = job.images(images, labels=True)
+        clean, _ = job.draw(job.images(images, labels=True), count)
         given = None if references is None else job.images(references)
-        job.note(target=target, images=image_facts(clean))
+        job.note(target=target)
         job.note(reference_images=None if given is None else image_facts(given))
         job.begin(target=target, references=None if given is None else given.digest)
         with job.timing() as run:
