@@ -1,6 +1,7 @@
 """Against MIMIC: a backdoor whose layers tell as much about triggered features as about clean ones."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, final
 
@@ -143,7 +144,7 @@ class Critics(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Weights and optimiser, for a checkpoint."""
         weights = [[weight.detach().clone() for weight in each] for each in self.weights]
-        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+        return {"weights": weights, "optimizer": deepcopy(self.optimizer.state_dict())}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what ``get_extra_state`` returned."""
