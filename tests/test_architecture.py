@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("poisoning", "pair_layouts"),
     ("sanity", "checkpoints", "loading"),
-    ("features", "augment", "captions", "calibration", "nulls"),
+    ("hooks", "features", "augment", "captions", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
     ("plans", "training", "pruning", "repair", "tuning"),
     ("folding", "penalty", "parametrisations", "inversion", "refinement", "bank", "collapse"),

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoderguard.errors import UsageError
+from encoderguard.report.blocks import Section
 from encoderguard.report.reading import method_name
 from encoderguard.report.sections import sections
 from encoderguard.report.values import count, duration, mapping, number, sequence, size, text
 from encoderguard.report.words import banner, summary
 from encoderguard.storage import write_text
 
-__all__ = ["read_arrays", "read_record", "render", "write_report"]
+__all__ = ["read_arrays", "read_record", "render", "render_sections", "write_report"]
 
 _PARTS = {
     "encoder": "encoder",
@@ -129,6 +130,30 @@ def render(record: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
         settings=_settings(record),
         provenance=_provenance(record),
         json=json.dumps(record, indent=2, ensure_ascii=False, default=str),
+    )
+
+
+def render_sections(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    facts: Sequence[tuple[str, str]] = (),
+    summary: str = "",
+    provenance: Sequence[tuple[str, str]] = (),
+    content: Any = None,
+) -> str:
+    """A page about something other than one run; ``content`` is shown in full as JSON."""
+    return _template().render(
+        title=title,
+        facts=facts,
+        problem="",
+        warnings=[],
+        banner=None,
+        summary=summary,
+        sections=sections,
+        settings=[],
+        provenance=provenance,
+        json=json.dumps(content, indent=2, ensure_ascii=False, default=str),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from encoderguard.errors import EncoderGuardError, ImageError, OutputError, SettingError
 from encoderguard.jobs.options import JobOptions
+from encoderguard.registry import create
 from encoderguard.run import Progress, Stopped, StopSignal
 from encoderguard.storage import prepare_folder
 from encoderguard.zoo.cells import Maker, Site
@@ -68,7 +69,8 @@ def needed_sets(cells: list[Cell]) -> list[tuple[str, int | None, bool]]:
     found = {}
     for cell in cells:
         task = cell.task
-        found[task.images, task.image_size, cell.poisons_data] = None
+        labels = cell.poisons_data or bool(create("pretrain", cell.pretrain).needs_labels)
+        found[task.images, task.image_size, labels] = None
         for spec in (task.downstream_train, task.downstream_test):
             found[spec, task.image_size, True] = None
     return list(found)

@@ -83,6 +83,10 @@ class Maker:
     def _fine_tunes(self) -> bool:
         return self.cell.attack is not None and not self.cell.poisons_data
 
+    @property
+    def _needs_labels(self) -> bool:
+        return bool(create("pretrain", self.cell.pretrain, self.cell.pretrain_settings).needs_labels)
+
     def _poisoning(self) -> _Step:
         cell = self.cell
         method = create("attack", str(cell.attack), cell.settings)
@@ -110,13 +114,17 @@ class Maker:
         same = self._same("pretrain", method.name, method.settings())
         spec = spec_for(task.architecture, width=task.width, stem=task.stem, normalisation=task.normalisation)
         same["encoder"] = Encoder.build(spec, Rng(cell.seed).child("encoder")).fingerprint
-        same["images"] = self._digest_of_poisoned() if cell.poisons_data else self._digest()
+        labels = self._needs_labels
+        same["images"] = (
+            self._digest_of_poisoned(labels) if cell.poisons_data else self._digest(labels=labels)
+        )
         return _Step(self.folder / "encoder", same)
 
     def _pretrain(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
         clean = not cell.poisons_data
-        images: Any = self._images(task.images) if clean else str(self.folder / "poison" / POISONED)
+        labels, poisoned = self._needs_labels, str(self.folder / "poison" / POISONED)
+        images = self._images(task.images, labels=labels) if clean else poisoned
         return jobs.pretrain(
             images,
             method=cell.pretrain,
@@ -227,9 +235,9 @@ class Maker:
             task.images, task.image_size, task.count, self.cell.seed, labels=labels
         )
 
-    def _digest_of_poisoned(self) -> str:
+    def _digest_of_poisoned(self, labels: bool) -> str:
         size, path = self.cell.task.image_size, self.folder / "poison" / POISONED
-        return self.site.pictures.digest(str(path), size, None, 0, labels=False)
+        return self.site.pictures.digest(str(path), size, None, 0, labels=labels)
 
     def _whole(self, spec: str) -> str:
         return self.site.pictures.digest(spec, self.cell.task.image_size, None, 0, labels=True)

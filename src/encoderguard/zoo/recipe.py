@@ -139,8 +139,8 @@ class ZooRecipe(_Part):
             given = group.model_fields_set.intersection(_OF_THE_CLEAN)
             if given:
                 raise SettingError(
-                    f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder decides; set "
-                    "it in the clean group."
+                    f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder decides; "
+                    "set it there."
                 )
             for trigger, target, seed in _grid(group):
                 settings = group.settings | group.triggers.get(trigger or "", {})
