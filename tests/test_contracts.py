@@ -47,6 +47,12 @@ SHORT: dict[str, dict[str, object]] = {
     "blend": {},
     "decree": {"max_steps": 6, "batch_size": 8},
     "mimic": {"epochs": 1, "batch_size": 8},
+    "finetune": {"epochs": 1, "batch_size": 8, "warm_up": 1},
+    "fine_pruning": {"step": 0.25, "epochs": 1, "batch_size": 8, "warm_up": 1},
+    "nad": {"teacher_epochs": 1, "epochs": 1, "batch_size": 8, "warm_up": 1},
+    "medic": {"epochs": 1, "batch_size": 8, "warm_up": 1},
+    "ssl_kd": {"teacher_epochs": 1, "epochs": 1, "batch_size": 8, "warm_up": 1},
+    "retrain": {"epochs": 1, "batch_size": 8},
 }
 """Settings that keep a method short; a new method adds its own."""
 

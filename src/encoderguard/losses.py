@@ -47,12 +47,15 @@ def attention_loss(student: Tensor, teacher: Tensor, *, reduction: str = "l2", p
         student: ``[N, C, H, W]``.
         teacher: ``[N, C', H, W]``.
         reduction: ``l2`` is Eq. 6 as printed, a norm per sample; ``mean`` is the authors' code, the squared
-            difference averaged over the H x W places (so deep stages weigh more by the ratio of their areas).
+            difference averaged over the H x W places (so deep stages weigh more by the ratio of their areas);
+            ``sum`` is that square summed over places, so that no stage weighs more for its size.
         p: order of Eq. 7.
     """
     difference = attention_map(student, p) - attention_map(teacher, p)
     if reduction == "mean":
         return difference.square().mean()
+    if reduction == "sum":
+        return difference.square().sum(1).mean()
     # the norm has no gradient at 0; the small constant keeps identical maps harmless
     return (difference.square().sum(1) + 1e-12).sqrt().mean()
 

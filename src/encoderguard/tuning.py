@@ -19,7 +19,7 @@ from encoderguard.repair import Contrast, Gate, Repair
 from encoderguard.run import Run
 from encoderguard.training import Batch, Plan, train
 
-__all__ = ["FineTuning", "Step", "Tuned", "fine_tune", "tune"]
+__all__ = ["FineTuning", "Loss", "Step", "Tuned", "fine_tune", "tune"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def tune(
     parts: Mapping[str, nn.Module] | None = None,
     masks: Mapping[Units, Tensor] | None = None,
 ) -> Tuned:
-    """Train a copy of ``start``; the training ends at the first epoch below the floor, the one before counts.
+    """Train a copy of ``start``; the last epoch above the floor counts.
+
+    Utility often dips while the learning rate is high and comes back as that falls, so a dip ends nothing;
+    more than half of the planned epochs below the floor in a row do.
 
     Args:
         start: unchanged; on the run's device.
@@ -126,7 +129,8 @@ def tune(
         return {"utility": utility}
 
     def enough(history: History) -> bool:
-        return history["utility"][-1] < gate.floor
+        recent = history["utility"][-(plan.epochs // 2 + 1) :]
+        return len(recent) > plan.epochs // 2 and max(recent) < gate.floor
 
     reason, history = None, History()
     with ExitStack() as stack:
@@ -139,10 +143,10 @@ def tune(
         except NonFiniteError as error:
             reason = str(error)
     epochs = int(kept.epochs)
-    if history and enough(history):
+    if history and epochs < len(history["utility"]):
         reason = (
-            f"{task.capitalize()} took the utility to {history['utility'][-1]:.2f} in epoch {epochs + 1} of "
-            f"{plan.epochs}, below the floor of {gate.floor:g}"
+            f"{task.capitalize()} took the utility to {history['utility'][-1]:.2f}, below the floor of "
+            f"{gate.floor:g}, after {len(history['utility'])} of {plan.epochs} epochs"
         )
     result = kept.encoder.eval().requires_grad_(True)
     return Tuned(
