@@ -126,6 +126,8 @@ def purify(
         with job.timing() as run:
             done = chosen.purify(suspect, used, run=run)
         job.check(done.encoder, used)
+        if reason := done.evidence.get("fallback"):
+            job.warn(str(reason))
         maps = {"embedding_before": suspect, "embedding_after": done.encoder}
         arrays = examples(used) | embeddings(maps, used, run=run)
         fidelity = _fidelity(done.encoder, suspect, used, whole, rest, run)
