@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -454,6 +455,17 @@ def test_named_triggers_are_the_fields() -> None:
 def test_misused_names(name: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         trigger_named(name, 32, **settings)
+
+
+def test_the_documentation_names_every_kind_and_every_setting() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "triggers.md").read_text(encoding="utf-8")
+    kinds, _, names = text.partition("## By name")
+    rows = {row.split("|")[1].strip(" `"): row for row in kinds.splitlines() if row.startswith("| `")}
+    for kind, cls in _KINDS.items():
+        assert f"`{cls.__name__}`" in rows[kind]
+        missing = [field.name for field in fields(cls) if f"`{field.name}`" not in rows[kind]]  # type: ignore[arg-type]
+        assert not missing, f"docs/triggers.md does not tell of {missing} of {kind}"
+    assert [name for name in trigger_names() if f"`{name}`" not in names] == []
 
 
 def test_the_fields_trigger_file_is_the_default_patch(data_root: Path) -> None:

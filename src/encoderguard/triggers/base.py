@@ -27,6 +27,7 @@ __all__ = [
     "trigger_kind",
 ]
 
+_ALWAYS_TOLD = frozenset({"alpha", "magnitude", "size", "strength"})
 _KINDS: dict[str, type["Trigger"]] = {}
 
 
@@ -81,13 +82,16 @@ class Trigger(ABC):
 
     @property
     def title(self) -> str:
-        """The kind with its short settings, for captions: ``patch (size 10, margin 1, value 1)``."""
-        short = [
-            f"{field.name} {value:g}" if isinstance(value, float) else f"{field.name} {value}"
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, field.name), str | int | float | tuple)
-        ]
-        return f"{self.kind} ({', '.join(short)})" if short else self.kind
+        """Kind, size or strength, and what else is not the default: ``patch (size 24, margin 15)``."""
+        told = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            short = isinstance(value, str | int | float | tuple)
+            if short and (field.name in _ALWAYS_TOLD or value != field.default):
+                told.append(
+                    f"{field.name} {value:g}" if isinstance(value, float) else f"{field.name} {value}"
+                )
+        return f"{self.kind} ({', '.join(told)})" if told else self.kind
 
     @property
     def static(self) -> bool:
