@@ -4,6 +4,7 @@ A trigger never normalises: pixels in, pixels out, same shape, same range. To ad
 dataclass with a ``kind`` and ``_stamp`` and decorate it with ``trigger_kind``.
 """
 
+from encoderguard.triggers.altering import ColourMap, Warp
 from encoderguard.triggers.badnets import FourCorner, PixelGrid
 from encoderguard.triggers.base import (
     Additions,
@@ -27,6 +28,7 @@ __all__ = [
     "Additions",
     "Additive",
     "Blend",
+    "ColourMap",
     "ColourPatch",
     "Colours",
     "Count",
@@ -41,6 +43,7 @@ __all__ = [
     "Share",
     "SpectralDCT",
     "Trigger",
+    "Warp",
     "Weight",
     "load_trigger",
     "read_field_trigger",
