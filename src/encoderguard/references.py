@@ -21,7 +21,7 @@ from encoderguard.methods import Reference
 from encoderguard.probes import LinearProbe
 from encoderguard.run import Run
 
-__all__ = ["choose_reference", "read_field_reference"]
+__all__ = ["choose_reference", "choose_references", "read_field_reference"]
 
 
 def read_field_reference(path: Path) -> Reference:
@@ -62,6 +62,21 @@ def choose_reference(
         ImageError: the candidates carry no labels.
         SettingError: no candidate has the label ``target``.
     """
+    found, evidence = choose_references(encoder, candidates, target, 1, run=run)
+    return found[0], evidence
+
+
+def choose_references(
+    encoder: Encoder, candidates: ImageSet, target: int, count: int, *, run: Run
+) -> tuple[list[Reference], dict[str, Any]]:
+    """The ``count`` images of class ``target`` with the highest such confidence, the best one first.
+
+    The evidence is that of ``choose_reference`` for the best one; of several it also lists the indices.
+
+    Raises:
+        ImageError: the candidates carry no labels.
+        SettingError: fewer than ``count`` candidates, or none, have the label ``target``.
+    """
     labels = candidates.labels
     if labels is None:
         raise ImageError(f"{candidates.name} carries no labels, which choosing a reference image needs.")
@@ -70,15 +85,22 @@ def choose_reference(
         raise SettingError(
             f"No image of {candidates.name} has the target label {target}; labels run to {int(labels.max())}."
         )
+    if not 1 <= count <= len(own):
+        raise SettingError(
+            f"Expected 1 to {len(own)} reference images, all that {candidates.name} has of label {target}; "
+            f"asked for {count}."
+        )
     features = extract(encoder, candidates, run=run)
     classifier = LinearProbe().fit(features, labels, classes=int(labels.max()) + 1, run=run)
     confidence = classifier.probabilities(features[own])[:, target]
-    best = int(confidence.argmax())
-    evidence = {
-        "reference_index": int(own[best]),
-        "reference_confidence": float(confidence[best]),
+    best = confidence.argsort(descending=True, stable=True)[:count]
+    evidence: dict[str, Any] = {
+        "reference_index": int(own[best[0]]),
+        "reference_confidence": float(confidence[best[0]]),
         "median_candidate_confidence": float(confidence.median()),
         "candidates": len(own),
         "target": target,
     }
-    return Reference(image=candidates.take(own[best : best + 1])[0], label=target), evidence
+    if count > 1:
+        evidence["reference_indices"] = own[best].tolist()
+    return [Reference(image=image, label=target) for image in candidates.take(own[best])], evidence

@@ -21,7 +21,7 @@ from encoderguard.jobs.pictures import embeddings, examples, write_arrays
 from encoderguard.loading import spec_for
 from encoderguard.methods import EncoderAttack, Monitor, Planted, Pretrained, Pretraining, Reference
 from encoderguard.monitoring import KNNMonitor
-from encoderguard.references import choose_reference, read_field_reference
+from encoderguard.references import choose_references, read_field_reference
 from encoderguard.results import AttackRecord, PretrainRecord
 from encoderguard.triggers import save_trigger
 
@@ -140,6 +140,7 @@ def attack(
     references: Sequence[Reference | Path | str] = (),
     downstream: ImageSet | str | None = None,
     target: int | None = None,
+    reference_count: int = 1,
     count: int | None = None,
     **options: Unpack[JobOptions],
 ) -> AttackResult:
@@ -153,6 +154,7 @@ def attack(
         references: images of the target class, as pictures or the field's ``.npz``; or the next two.
         downstream: the attacker's labelled downstream *training* images, to choose the reference from.
         target: the label aimed at.
+        reference_count: references to choose from ``downstream``; some attacks want several.
         count: shadow images to draw with the seed; None takes all.
         options: see JobOptions. ``out`` receives encoder, ``trigger.json``, record and report.
 
@@ -171,7 +173,7 @@ def attack(
         source = job.encoder(encoder)
         used, _ = job.draw(job.images(images), count)
         job.check(source, used)
-        found = _references(job, source, used, references, downstream, target)
+        found = _references(job, source, used, references, downstream, target, reference_count)
         job.begin(references=[entry["digest"] for entry in job.facts["references"]])
         with job.timing() as run:
             planted = chosen.plant(source, used, found, run=run)
@@ -194,6 +196,7 @@ def _references(
     given: Sequence[Reference | Path | str],
     downstream: ImageSet | str | None,
     target: int | None,
+    count: int,
 ) -> list[Reference]:
     if bool(given) == (downstream is not None):
         raise SettingError(
@@ -207,9 +210,10 @@ def _references(
         if target is None:
             raise SettingError("--downstream needs --target, the label that the attacker aims at.")
         candidates = job.images(downstream, labels=True)
-        reference, evidence = choose_reference(encoder, candidates, target, run=job.run.child("reference"))
+        run = job.run.child("reference")
+        found, evidence = choose_references(encoder, candidates, target, count, run=run)
         job.note(downstream=image_facts(candidates), evidence=evidence)
-        found, sources, label = [reference], [candidates.spec], target
+        sources, label = [candidates.spec] * count, target
     job.note(
         target=label,
         references=[

@@ -108,7 +108,7 @@ class Maker:
             method = create("attack", str(cell.attack), cell.settings)
             same = self._same("attack", method.name, method.settings())
             same |= {"target": cell.target, "encoder": self._clean_fingerprint, "images": self._digest()}
-            same["downstream"] = self._whole(task.downstream_train)
+            same |= {"downstream": self._whole(task.downstream_train), "references": cell.references}
             return _Step(self.folder / "encoder", same)
         method = create("pretrain", cell.pretrain, cell.pretrain_settings)
         same = self._same("pretrain", method.name, method.settings())
@@ -145,6 +145,7 @@ class Maker:
             settings=cell.settings,
             downstream=self._images(task.downstream_train, labels=True),
             target=cell.target,
+            reference_count=cell.references,
             count=task.count,
             **options,
         ).record

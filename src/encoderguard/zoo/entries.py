@@ -92,7 +92,9 @@ def failed_entry(cell: Cell, error: str) -> Entry:
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
-    return cell.model_dump(mode="json", include={"name", "attack", "target", "clean", "pretrain", "seed"})
+    return cell.model_dump(
+        mode="json", include={"name", "attack", "target", "references", "clean", "pretrain", "seed"}
+    )
 
 
 def _settings(cell: Cell) -> dict[str, Any]:

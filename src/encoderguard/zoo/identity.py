@@ -51,6 +51,7 @@ def _facts(record: Record) -> dict[str, Any]:
         found = getattr(record, name, None)
         facts[name] = None if found is None else found.digest
         facts[f"{name}_size"] = None if found is None else found.height
+    facts["references"] = len(getattr(record, "references", []))
     stamp = getattr(record, "trigger", None)
     facts["trigger"] = None if stamp is None else stamp.get("digest")
     return facts

@@ -55,6 +55,8 @@ class Entry(_Part):
     """Kind of the trigger and the recipe's name for it."""
     target: int | None = None
     target_name: str | None = None
+    references: int = 1
+    """Reference images that the attack was given."""
     clean: str | None = None
     """Cell of the clean encoder that the attack started from, or is compared with."""
     pretrain: str

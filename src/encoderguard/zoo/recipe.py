@@ -71,6 +71,8 @@ class AttackGroup(Task):
     seeds: Seeds = [0]
     targets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     """Downstream labels aimed at."""
+    references: Annotated[int, Field(ge=1)] = 1
+    """Reference images, of the downstream training images of the label; DRUPE takes three."""
     triggers: dict[Name, dict[str, Any]] = {}
     """Variants by name: settings that go on top of the group's."""
 
@@ -90,6 +92,7 @@ class Cell(_Part):
     trigger: str | None = None
     """Name of the trigger variant, if the recipe has several."""
     target: int | None = None
+    references: int = 1
     seed: int
     clean: str | None = None
     """Cell of the clean encoder that an attack starts from, or is compared with."""
@@ -139,8 +142,8 @@ class ZooRecipe(_Part):
             given = group.model_fields_set.intersection(_OF_THE_CLEAN)
             if given:
                 raise SettingError(
-                    f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder decides; "
-                    "set it there."
+                    f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder "
+                    "decides; set it there."
                 )
             for trigger, target, seed in _grid(group):
                 settings = group.settings | group.triggers.get(trigger or "", {})
@@ -157,6 +160,7 @@ class ZooRecipe(_Part):
                     settings=settings,
                     trigger=trigger,
                     target=target,
+                    references=group.references,
                     seed=seed,
                     clean=source.name,
                     task=task,
