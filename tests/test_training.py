@@ -8,14 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encoderguard.attacks.adaptive_decree import AdaptiveDecree
+from encoderguard.attacks.adaptive_mimic import AdaptiveMimic
 from encoderguard.attacks.badencoder import BadEncoder
+from encoderguard.attacks.drupe import DRUPE
+from encoderguard.attacks.transtroj import TransTroj
 from encoderguard.defenses.mimic import MIMIC
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError, ImageError, NonFiniteError, SettingError
 from encoderguard.images import ImageSet
-from encoderguard.methods import History, Reference
+from encoderguard.methods import History, Pretraining, Reference
 from encoderguard.pretrain.simclr import SimCLR
 from encoderguard.random import Rng
+from encoderguard.registry import create
 from encoderguard.run import Run, Stopped
 from encoderguard.training import Batch, Plan, train
 
@@ -121,10 +126,54 @@ def simclr(run: Run) -> Encoder:
     return SimCLR(epochs=2, batch_size=8).train(small_encoder(), pictures(), run=run).encoder
 
 
+def pretrainer(name: str, **settings: object) -> Callable[[Run], Encoder]:
+    def trained(run: Run) -> Encoder:
+        method: Pretraining = create("pretrain", name, {"epochs": 2, "batch_size": 8, **settings})
+        images = ImageSet.from_arrays(pictures().take(range(20)), torch.arange(20) % 4)
+        return method.train(small_encoder(), images, run=run).encoder
+
+    return trained
+
+
+PRETRAINERS = [
+    pytest.param(pretrainer("moco"), id="moco"),
+    pytest.param(pretrainer("byol", hidden_dim=16, projection_dim=8), id="byol"),
+    pytest.param(pretrainer("simsiam", hidden_dim=16, predictor_dim=8), id="simsiam"),
+    pytest.param(pretrainer("supervised"), id="supervised"),
+    pytest.param(pretrainer("clip", text_width=16, vocabulary=64), id="clip"),
+    pytest.param(pretrainer("simclr", mode="ctrl", hidden_dim=16), id="ctrl"),
+]
+
+
 def badencoder(run: Run) -> Encoder:
     method = BadEncoder(epochs=2, batch_size=8, trigger_size=3, reference_views=2)
     reference = Reference(image=pictures().take([0])[0])
     return method.plant(small_encoder(), pictures(), [reference], run=run).encoder
+
+
+def adaptive_decree(run: Run) -> Encoder:
+    method = AdaptiveDecree(epochs=2, batch_size=8, trigger_size=3, reference_views=2)
+    return method.plant(small_encoder(), pictures(), given(1), run=run).encoder
+
+
+def adaptive_mimic(run: Run) -> Encoder:
+    method = AdaptiveMimic(epochs=2, batch_size=8, trigger_size=3, reference_views=2, critic_hidden=8)
+    return method.plant(small_encoder(), pictures(), given(1), run=run).encoder
+
+
+def drupe(run: Run) -> Encoder:
+    # the costs move from the first epoch on, and the main part of the schedule is reached
+    method = DRUPE(epochs=6, batch_size=8, trigger_size=3, reference_views=2, adapt_after=0, lr=1e-3)
+    return method.plant(small_encoder(), pictures(), given(2), run=run).encoder
+
+
+def transtroj(run: Run) -> Encoder:
+    method = TransTroj(epochs=2, batch_size=8, trigger_epochs=1)
+    return method.plant(small_encoder(), pictures(), given(1), run=run).encoder
+
+
+def given(count: int) -> list[Reference]:
+    return [Reference(image=image) for image in pictures().take(range(count))]
 
 
 def mimic(run: Run) -> Encoder:
@@ -132,7 +181,9 @@ def mimic(run: Run) -> Encoder:
     return method.purify(small_encoder(), pictures(32), run=run).encoder
 
 
-@pytest.mark.parametrize("method", [simclr, badencoder, mimic])
+@pytest.mark.parametrize(
+    "method", [simclr, badencoder, adaptive_decree, adaptive_mimic, drupe, transtroj, mimic, *PRETRAINERS]
+)
 def test_methods_resume_to_the_same_end(method: Callable[[Run], Encoder], tmp_path: Path) -> None:
     whole = method(Run(rng=Rng(0)))
     run = Run(rng=Rng(0), checkpoint=tmp_path / "checkpoint.pt", resume=True)
