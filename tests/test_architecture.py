@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hooks", "features", "augment", "captions", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
     ("plans", "training", "pruning", "repair", "tuning"),
-    ("folding", "penalty", "parametrisations", "inversion", "refinement", "bank", "collapse"),
+    ("folding", "penalty", "parametrisations", "inversion", "refinement", "rays", "bank", "collapse"),
     ("classifiers", "monitoring", "probes", "references", "fidelity", "evaluation"),
     ("attacks", "defenses", "detectors", "filters", "pretrain"),
     ("results",),

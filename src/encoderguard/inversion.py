@@ -1,15 +1,15 @@
-"""The trigger-inversion engine: masks and patterns of R restarts, optimised as one batch.
+"""The trigger-inversion engine: R restarts, optimised as one batch.
 
-A trigger replaces pixels: ``x' = (1 - m) x + m t``. An objective says what features of stamped images should
-look like; the engine looks for the smallest mask that meets it. The search runs on frozen weights, in low
-precision where that pays, so whoever draws a verdict from a candidate measures it again in float32.
+A parametrisation says what is free, usually a mask and a pattern that replace pixels; an objective says what
+features of stamped images should look like; the engine looks for the smallest trigger that meets it. It runs
+on frozen weights, in low precision where that pays, so a verdict needs a measurement in float32.
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from encoderguard.errors import NonFiniteError
 from encoderguard.folding import fast_frozen
 from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
+from encoderguard.parametrisations import MaskAndPattern, Parametrisation, Tensors, stacked, start_all
 from encoderguard.penalty import LambdaController, LambdaRule
 from encoderguard.run import Run
-from encoderguard.triggers import MaskedPattern
+from encoderguard.triggers import MaskedPattern, Trigger
 
-__all__ = ["Candidate", "Inversion", "Objective", "SearchPlan", "invert"]
+__all__ = ["Candidate", "Inversion", "Objective", "SearchPlan", "invert", "invert_kind"]
 
 T = TypeVar("T")
+TriggerT = TypeVar("TriggerT", bound=Trigger)
 Objective = Callable[[Tensor], Tensor]
 """Maps float32 features ``[R, B, D]`` of stamped images to a loss ``[R]``, each from its own slice."""
 Outcome = Literal["converged", "dropped", "budget"]
@@ -64,22 +66,22 @@ class SearchPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class Candidate(Generic[TriggerT]):
     """A trigger that met the goal on one batch."""
 
     restart: int
     step: int
     size: float
-    """Mean of the mask, in [0, 1]: DECREE's PL1 norm."""
+    """In [0, 1]; of a mask and pattern the mean of the mask: DECREE's PL1 norm."""
     loss: float
-    trigger: MaskedPattern
+    trigger: TriggerT
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inversion:
+class Inversion(Generic[TriggerT]):
     """What a search found; per restart the candidates run from the smallest mask to larger ones."""
 
-    candidates: tuple[tuple[Candidate, ...], ...]
+    candidates: tuple[tuple[Candidate[TriggerT], ...], ...]
     steps: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
     history: History
@@ -90,21 +92,19 @@ class Inversion:
     """Whether BatchNorm was folded into the convolutions."""
 
 
-class _Restarts:
+class _Restarts(Generic[TriggerT]):
     """The state of all restarts: parameters, lambdas, best candidates, who still runs."""
 
-    def __init__(self, plan: SearchPlan, size: tuple[int, int], run: Run) -> None:
-        self.plan = plan
+    def __init__(
+        self, kind: Parametrisation[TriggerT], plan: SearchPlan, size: tuple[int, int], run: Run
+    ) -> None:
+        self.kind, self.plan = kind, plan
         self.active = list(range(plan.restarts))
-        self.masks, self.patterns = [], []
-        for r in self.active:
-            generator = run.rng.generator("restart", r)
-            self.masks.append(_logit(torch.rand(size, generator=generator)).to(run.device).requires_grad_())
-            uniform = torch.rand(3, *size, generator=generator)
-            self.patterns.append(_logit(uniform).to(run.device).requires_grad_())
-        self.optimizer = torch.optim.Adam([*self.masks, *self.patterns], lr=1.0, betas=plan.betas)
+        self.raws = start_all(kind, plan.restarts, size, run)
+        free = [part for raw in self.raws for part in raw[: kind.free]]
+        self.optimizer = torch.optim.Adam(free, lr=1.0, betas=plan.betas)
         self.penalty = LambdaController(plan.penalty, plan.restarts)
-        self.candidates: list[list[Candidate]] = [[] for _ in self.active]
+        self.candidates: list[list[Candidate[TriggerT]]] = [[] for _ in self.active]
         self.reference = [float("inf")] * plan.restarts
         self.stale, self.steps = [0] * plan.restarts, [0] * plan.restarts
         self.losses: list[list[float]] = [[] for _ in self.active]
@@ -118,24 +118,22 @@ class _Restarts:
     def step(self, number: int, images: Tensor, encoder: Encoder, objective: Objective, run: Run) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = _at(number, self.plan.learning_rates)
-        mask = torch.stack([_squash(self.masks[r]) for r in self.active])
-        pattern = torch.stack([_squash(self.patterns[r]) for r in self.active])
-        stamped = torch.lerp(images[None], pattern[:, None], mask[:, None, None])
+        values = self.kind.decode(stacked([self.raws[r] for r in self.active]))
+        stamped = self.kind.stamp(images, values)
         with run.autocast():
             features = encoder(stamped.flatten(0, 1))
         loss = objective(features.float().unflatten(0, stamped.shape[:2]))
         which = torch.tensor(self.active)
-        # |m|_1 counts the three channels that share the mask
-        total = loss + self.penalty.value[which].to(mask) * 3 * mask.sum((1, 2))
+        total = loss + self.penalty.value[which].to(loss) * self.kind.cost(values)
         self.optimizer.zero_grad(set_to_none=True)
         total.sum().backward()  # type: ignore[no-untyped-call]
-        self._record(number, mask.detach(), pattern.detach(), loss.detach(), which)
+        self._record(number, tuple(part.detach() for part in values), loss.detach(), which)
         self.optimizer.step()
         self.image_passes += stamped.shape[0] * stamped.shape[1]
 
-    def _record(self, number: int, mask: Tensor, pattern: Tensor, loss: Tensor, which: Tensor) -> None:
+    def _record(self, number: int, values: Tensors, loss: Tensor, which: Tensor) -> None:
         """Note who succeeded, before the parameters that did so change."""
-        losses, sizes = torch.stack([loss, mask.mean((1, 2))]).cpu()
+        losses, sizes = torch.stack([loss, self.kind.size(values)]).cpu()
         if not bool(losses.isfinite().all()):
             raise NonFiniteError(f"The loss of the trigger search became NaN or infinite at step {number}.")
         success = losses < self.plan.goal
@@ -144,14 +142,14 @@ class _Restarts:
             self.steps[r], self.stale[r] = number + 1, self.stale[r] + 1
             self.losses[r].append(float(losses[i]))
             if bool(success[i]) and float(sizes[i]) < self.smallest(r):
-                trigger = MaskedPattern(mask[i].cpu().clone(), pattern[i].cpu().clone())
+                trigger = self.kind.trigger(tuple(part[i] for part in values))
                 self._keep(
                     Candidate(
                         restart=r, step=number, size=float(sizes[i]), loss=float(losses[i]), trigger=trigger
                     )
                 )
 
-    def _keep(self, found: Candidate) -> None:
+    def _keep(self, found: Candidate[TriggerT]) -> None:
         r, kept = found.restart, self.candidates[found.restart]
         if found.size < self.reference[r] * (1 - self.plan.least_gain):
             self.reference[r], self.stale[r] = found.size, 0
@@ -184,14 +182,28 @@ class _Restarts:
 
 def invert(
     encoder: Encoder, images: ImageSet, objective: Objective, plan: SearchPlan, *, run: Run
-) -> Inversion:
-    """Search for the smallest mask whose stamped images meet the objective; the best so far within budget.
+) -> Inversion[MaskedPattern]:
+    """``invert_kind`` for a free mask and pattern."""
+    return invert_kind(encoder, images, objective, plan, MaskAndPattern(), run=run)
+
+
+def invert_kind(
+    encoder: Encoder,
+    images: ImageSet,
+    objective: Objective,
+    plan: SearchPlan,
+    kind: Parametrisation[TriggerT],
+    *,
+    run: Run,
+) -> Inversion[TriggerT]:
+    """Search for the smallest trigger whose stamped images meet the objective; the best so far within budget.
 
     Args:
         encoder: unchanged.
         images: clean images; all are held in memory as uint8. An incomplete last batch of a pass is left out.
         objective: see ``Objective``.
         plan: budgets, schedule, stop rule.
+        kind: what is free.
         run: device, precision, streams, progress.
 
     Raises:
@@ -202,7 +214,7 @@ def invert(
     require_images(images, 2, "The trigger search")
     pixels = images.take(torch.arange(len(images))).to(run.device)
     fast, folded = fast_frozen(encoder, pixels[:8].float() / 255, run)
-    state = _Restarts(plan, (pixels.shape[-2], pixels.shape[-1]), run)
+    state = _Restarts(kind, plan, (pixels.shape[-2], pixels.shape[-1]), run)
     deadline = time.monotonic() + plan.seconds if plan.seconds is not None else float("inf")
     sizes = tuple((first, min(size, len(pixels))) for first, size in plan.batch_sizes)
     rounds = plan.round_steps or len(pixels) // sizes[0][1]
@@ -240,11 +252,3 @@ def _batches(pixels: Tensor, sizes: tuple[tuple[int, int], ...], run: Run) -> It
 def _at(number: int, steps: tuple[tuple[int, T], ...]) -> T:
     """The value of the last entry whose first step is not after ``number``."""
     return [value for first, value in steps if first <= number][-1]
-
-
-def _logit(uniform: Tensor) -> Tensor:
-    return torch.atanh((uniform - 0.5) * (2 - 1e-6))
-
-
-def _squash(parameter: Tensor) -> Tensor:
-    return torch.tanh(parameter) / 2 + 0.5

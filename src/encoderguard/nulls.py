@@ -29,7 +29,7 @@ _NORMAL_MAD = 1.4826  # the standard deviation of a normal distribution over its
 
 
 def fisher(value: float) -> float:
-    """Fisher's z of a cosine in [-1, 1]: a saturating scale made even. Beyond .9995 there is no difference."""
+    """Fisher's z of a cosine in [-1, 1], a saturating scale made even; .9995 and above are one."""
     return math.atanh(max(-_MOST, min(_MOST, value)))
 
 

@@ -17,6 +17,7 @@ from encoderguard.penalty import LambdaRule
 from encoderguard.registry import register
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine, standardise
+from encoderguard.triggers import MaskedPattern
 
 __all__ = ["Decree"]
 
@@ -44,6 +45,13 @@ class Decree(Detector):
     name: ClassVar[str] = "decree"
     paper: ClassVar[str] = (
         "Feng et al., Detecting Backdoors in Pre-trained Encoders, CVPR 2023, arXiv:2303.15180"
+    )
+    year: ClassVar[int] = 2023
+    needs: ClassVar[str] = "clean unlabelled images"
+    cost: ClassVar[str] = "a search: forward and backward passes through the frozen encoder"
+    blind_spots: ClassVar[str] = (
+        "Triggers that cover the image or differ from image to image, and backdoors that do not draw all "
+        "images together."
     )
 
     tau: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -157,8 +165,8 @@ class Decree(Detector):
         )
 
     def _verify(
-        self, encoder: Encoder, images: ImageSet, cosine: "_Cosine", found: Inversion, run: Run
-    ) -> tuple[Candidate | None, dict[str, Any]]:
+        self, encoder: Encoder, images: ImageSet, cosine: "_Cosine", found: Inversion[MaskedPattern], run: Run
+    ) -> tuple[Candidate[MaskedPattern] | None, dict[str, Any]]:
         """The smallest candidate that holds in float32 on all images, and what was measured on the way."""
         queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)
         queue += [_grown(queue[0], power) for power in _POWERS if queue]
@@ -186,7 +194,7 @@ class Decree(Detector):
         return replace(judgement, verdict="inconclusive", reason=reason)
 
 
-def _grown(candidate: Candidate, power: float) -> Candidate:
+def _grown(candidate: Candidate[MaskedPattern], power: float) -> Candidate[MaskedPattern]:
     """The same trigger with a fuller mask: what a search stopped too early falls back to."""
     mask = candidate.trigger.mask**power
     return replace(candidate, size=float(mask.mean()), trigger=replace(candidate.trigger, mask=mask))
@@ -216,7 +224,7 @@ def _negative(cosine: _Cosine) -> Objective:
     return loss
 
 
-def _search_evidence(found: Inversion) -> dict[str, Any]:
+def _search_evidence(found: Inversion[MaskedPattern]) -> dict[str, Any]:
     return {
         "restarts": [
             {
