@@ -8,9 +8,12 @@ from encoderguard.registry import FAMILIES, method_class, method_names, setting_
 
 __all__ = ["catalogue", "in_words"]
 
+_FACTS = {"paper": "paper", "needs": "needs", "cost": "cost", "blind_spots": "does not cover"}
+"""What ``list`` says of a method beside its summary and settings."""
+
 
 def catalogue() -> list[dict[str, Any]]:
-    """Family, name, paper, summary and settings of every method."""
+    """Family, name, paper, year, needs, cost, blind spots, summary and settings of every method."""
     return [_entry(family, name) for family in FAMILIES for name in method_names(family)]
 
 
@@ -21,6 +24,10 @@ def _entry(family: Any, name: str) -> dict[str, Any]:
         "family": family,
         "name": name,
         "paper": cls.paper,
+        "year": cls.year,
+        "needs": cls.needs,
+        "cost": cls.cost,
+        "blind_spots": cls.blind_spots,
         "summary": " ".join(summary.split()),
         "settings": setting_docs(cls),
     }
@@ -31,6 +38,7 @@ def in_words(methods: Sequence[dict[str, Any]]) -> str:
     blocks = []
     for method in methods:
         lines = [f"{method['family']} {method['name']}", f"  {method['summary']}"]
+        lines += [f"  {label}: {method[key]}" for key, label in _FACTS.items() if method[key]]
         for setting in method["settings"]:
             doc = " ".join(setting["doc"].split())
             lines.append(f"    -p {setting['name']}={setting['default']}  {doc}".rstrip())

@@ -105,6 +105,12 @@ class MIMIC(Defense):
 
     name: ClassVar[str] = "mimic"
     paper: ClassVar[str] = "Han et al. 2024, arXiv:2406.03508"
+    year: ClassVar[int] = 2024
+    needs: ClassVar[str] = "clean unlabelled images"
+    cost: ClassVar[str] = "a short training, with a forward pass of the suspect at each step"
+    blind_spots: ClassVar[str] = (
+        "Poison among the clean images is taught too; whether there was a backdoor stays open."
+    )
 
     mode: Mode = "default"
     """Which set of defaults fills the settings that are not given."""
