@@ -24,7 +24,7 @@ class BlendAttack(DataPoisoning):
     With ``relabel`` pictures of other classes get the label of the class aimed at, for supervised training.
     Without it pictures of the class aimed at are blended and keep their labels, for training without labels.
 
-    Departs from the paper in p: the paper also blends a cartoon, which has a licence; noise does not. The
+    Departs from the paper in p: the paper also blends a cartoon, which is not ours to ship. The
     label-free form is the "random noise" of later papers on encoders, which do not say more about it.
     """
 
