@@ -19,7 +19,7 @@ from encoderguard.repair import Contrast, Gate, Repair
 from encoderguard.run import Run
 from encoderguard.training import Batch, Plan, train
 
-__all__ = ["FineTuning", "Loss", "Step", "Tuned", "fine_tune", "tune"]
+__all__ = ["FineTuning", "Kept", "Loss", "Step", "Tuned", "fine_tune", "tune"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Tuned:
         }
 
 
-class _Kept(nn.Module):
+class Kept(nn.Module):
     """The last encoder above the floor; part of what is trained, so that a checkpoint holds it."""
 
     epochs: Tensor
@@ -115,7 +115,7 @@ def tune(
         Stopped: the user asked to stop.
     """
     student = start.clone().requires_grad_(True)
-    kept = _Kept(start, gate.measure(start)).to(run.device)
+    kept = Kept(start, gate.measure(start)).to(run.device)
     model = nn.ModuleDict({"encoder": student, "kept": kept, **(parts or {})})
 
     def terms(batch: Batch) -> dict[str, Tensor]:
