@@ -48,6 +48,12 @@ class Site:
 class _Step(NamedTuple):
     folder: Path
     expected: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    """Of the method's settings."""
+
+    def fits(self, record: Record | None) -> bool:
+        """Whether the record of a finished job is of this step."""
+        return record is not None and difference(record, self.expected, self.defaults) is None
 
 
 class Maker:
@@ -92,7 +98,7 @@ class Maker:
         method = create("attack", str(cell.attack), cell.settings)
         same = self._same("poison", method.name, method.settings())
         same |= {"target": cell.target, "images": self._digest(labels=True)}
-        return _Step(self.folder / "poison", same)
+        return _Step(self.folder / "poison", same, create("attack", method.name).settings())
 
     def _poison(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
@@ -109,7 +115,7 @@ class Maker:
             same = self._same("attack", method.name, method.settings())
             same |= {"target": cell.target, "encoder": self._clean_fingerprint, "images": self._digest()}
             same |= {"downstream": self._whole(task.downstream_train), "references": cell.references}
-            return _Step(self.folder / "encoder", same)
+            return _Step(self.folder / "encoder", same, create("attack", method.name).settings())
         method = create("pretrain", cell.pretrain, cell.pretrain_settings)
         same = self._same("pretrain", method.name, method.settings())
         spec = spec_for(task.architecture, width=task.width, stem=task.stem, normalisation=task.normalisation)
@@ -118,7 +124,7 @@ class Maker:
         same["images"] = (
             self._digest_of_poisoned(labels) if cell.poisons_data else self._digest(labels=labels)
         )
-        return _Step(self.folder / "encoder", same)
+        return _Step(self.folder / "encoder", same, create("pretrain", method.name).settings())
 
     def _pretrain(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
@@ -162,7 +168,7 @@ class Maker:
         same["seeds"] = task.probe_seeds if probe.stochastic else 1
         if cell.attack is not None:
             same |= {"clean_encoder": self._clean_fingerprint, "trigger": trigger_digest(self.files.trigger)}
-        return _Step(self.folder / "evaluate", same)
+        return _Step(self.folder / "evaluate", same, make_probe(task.probe).settings())
 
     def _judge(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
@@ -203,7 +209,7 @@ class Maker:
 
     def _current(self, step: _Step) -> Record | None:
         record = finished(step.folder)
-        return None if record is None or difference(record, step.expected) else record
+        return record if step.fits(record) else None
 
     def _adopted(self, step: _Step) -> Record | None:
         """A finished job from elsewhere, copied into the cell."""
@@ -211,7 +217,7 @@ class Maker:
             return None
         for path in sorted(self.site.adopt.rglob(RESULT)):
             record = finished(path.parent)
-            if record is None or difference(record, step.expected):
+            if record is None or not step.fits(record):
                 continue
             part = step.folder.with_name(".adopting")
             shutil.rmtree(part, ignore_errors=True)

@@ -27,9 +27,16 @@ def finished(folder: Path) -> Record | None:
     return record
 
 
-def difference(record: Record, expected: Mapping[str, Any]) -> str | None:
-    """The first fact in which a record is not what was expected, or None."""
+def difference(
+    record: Record, expected: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> str | None:
+    """The first fact in which a record is not what was expected, or None.
+
+    A setting that the record does not have came later than the run; the run did as its default in
+    ``defaults`` says.
+    """
     facts = _facts(record)
+    facts["settings"] = dict(defaults or {}) | facts["settings"]
     for key, value in expected.items():
         if facts.get(key) != value:
             return f"{key} is {facts.get(key)!r}, expected {value!r}"
