@@ -39,7 +39,6 @@ __all__ = [
 
 UTILITY_FLOOR = 0.8
 """Overlap of neighbours below which a repaired encoder is taken to have lost too much (ours)."""
-_NEIGHBOURS = 10
 _CONSTANT = 1e-5  # spread of features relative to their length
 
 
@@ -56,9 +55,16 @@ def split(images: ImageSet, rng: Rng, share: float = 0.2, least: int = 12) -> tu
 
 
 def utility(repaired: Encoder, suspect: Encoder, held_out: ImageSet, *, run: Run, k: int = 10) -> float:
-    """The share of common images among the ``k`` nearest, in both encoders' features: 1 is unchanged."""
+    """The share of common images among the ``k`` nearest, in both encoders' features: 1 is unchanged.
+
+    ``k`` is at most a fifth of the images: among a dozen, ten neighbours would be almost all of them.
+    """
     both = [extract(encoder, held_out, run=run) for encoder in (repaired, suspect)]
-    return neighbour_overlap(both[0], both[1], min(k, len(held_out) - 1))
+    return neighbour_overlap(both[0], both[1], _neighbours(len(held_out), k))
+
+
+def _neighbours(count: int, k: int = 10) -> int:
+    return max(1, min(k, count // 5))
 
 
 class Gate:
@@ -75,12 +81,17 @@ class Gate:
             )
 
     def measure(self, encoder: Encoder) -> float:
-        """The share of common images among the 10 nearest held-out ones; 0 if features are not finite."""
+        """As ``utility``, on the images held out; 0 if features are not finite."""
         try:
             features = extract(encoder, self._held_out, run=self._run)
         except NonFiniteError:
             return 0.0
-        return neighbour_overlap(features, self._features, min(_NEIGHBOURS, len(features) - 1))
+        return neighbour_overlap(features, self._features, _neighbours(len(features)))
+
+    @property
+    def images(self) -> ImageSet:
+        """The images held out."""
+        return self._held_out
 
     @property
     def count(self) -> int:

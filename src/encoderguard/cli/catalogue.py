@@ -8,7 +8,7 @@ from encoderguard.registry import FAMILIES, method_class, method_names, setting_
 
 __all__ = ["catalogue", "in_words"]
 
-_FACTS = {"paper": "paper", "needs": "needs", "cost": "cost", "blind_spots": "does not cover"}
+_FACTS = {"paper": "paper", "year": "year", "needs": "needs", "cost": "cost", "blind_spots": "does not cover"}
 """What ``list`` says of a method beside its summary and settings."""
 
 
