@@ -255,7 +255,8 @@ def _what(cell: "Cell") -> str:
     task = cell.task
     trained = f"{cell.pretrain} on {task.images}" if cell.attack is None or cell.poisons_data else ""
     attacked = "" if cell.attack is None else f"{cell.attack} to {task.downstream_train} class {cell.target}"
-    return f"{task.architecture} width {task.width}, " + " with ".join(filter(None, [trained, attacked]))
+    name = task.architecture if ":" in task.architecture else f"{task.architecture} width {task.width}"
+    return f"{name}, " + " with ".join(filter(None, [trained, attacked]))
 
 
 def _priced(flops: float, speed: float) -> str:
