@@ -67,6 +67,12 @@ def problems(words: list[str]) -> Iterator[str]:
     if command is None:
         yield f"there is no command '{words[0]}'"
         return
+    group = getattr(command, "commands", {})  # of a command such as zoo
+    if group and len(words) > 1:
+        if words[1] not in group:
+            yield f"'{words[0]}' has no command '{words[1]}'"
+            return
+        command = group[words[1]]
     known = {"--help"}.union(*(parameter.opts for parameter in command.params))
     options = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)]
     yield from (f"'{words[0]}' has no option {option}" for option in options if option not in known)

@@ -24,7 +24,7 @@ from encoderguard.results import read_record
 from encoderguard.run import Stopped, StopSignal
 from encoderguard.storage import write_text
 from encoderguard.triggers import Patch, load_trigger
-from encoderguard.zoo import Manifest, Pictures, Site, build, build_zoo, read_manifest, read_recipe
+from encoderguard.zoo import Manifest, Pictures, Site, build, build_zoo, read_manifest, read_recipe, workers
 from encoderguard.zoo.cells import Maker
 from encoderguard.zoo.checks import verify_zoo
 from encoderguard.zoo.estimate import cost
@@ -79,7 +79,7 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 def site(base: Path, **changes: Any) -> Site:
     places = {"shapes": str(base / "shapes.npz")}
-    given = {"recipe": "mini", "zoo": base / "zoo" / "mini", "build": base / "runs"}
+    given: dict[str, Any] = {"recipe": "mini", "zoo": base / "zoo" / "mini", "build": base / "runs"}
     return Site(**given | {"pictures": Pictures(places, notes=base / "runs" / ".images")} | changes)
 
 
@@ -111,7 +111,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the cells that a build works at."""
     names: list[str] = []
-    attempt: Callable[..., Any] = build.attempt
+    attempt: Callable[..., Any] = workers.attempt
 
     def noting(place: Site, cell: Any, options: Any) -> Any:
         names.append(cell.name)

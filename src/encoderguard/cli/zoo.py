@@ -9,7 +9,7 @@ import typer
 from encoderguard.cli.running import guarded, say, watched
 
 if TYPE_CHECKING:
-    from encoderguard.zoo import Cell, Entry, Manifest, Pictures, ZooRecipe
+    from encoderguard.zoo import Entry, Manifest, Pictures
 
 __all__ = ["zoo"]
 
@@ -65,7 +65,11 @@ def build(
         place = folder or Path("runs") / f"zoo-{chosen.name}"
         pictures = _pictures(data, packs, data_root, download, None if dry_run else place / ".images")
         if dry_run:
-            return _show_plan(chosen, pictures, place)
+            from encoderguard.zoo.estimate import plan_lines
+
+            for line in plan_lines(chosen, pictures, place):
+                print(line)
+            return 0
         site = Site(
             recipe=chosen.name,
             zoo=root / chosen.name,
@@ -232,32 +236,3 @@ def _listed(folder: Path, entry: "Entry") -> dict[str, object]:
     for name, file in (("path", entry.bundle), ("trigger_path", entry.trigger_file)):
         listed[name] = None if file is None else str(folder / file)
     return {"zoo": folder.name, **listed}
-
-
-def _show_plan(recipe: "ZooRecipe", pictures: "Pictures", place: Path) -> int:
-    from encoderguard.zoo.build import needed_sets
-    from encoderguard.zoo.estimate import CORE_SPEED, cost
-
-    cells, total = recipe.cells(), 0.0
-    for cell in cells:
-        flops = cost(cell)
-        total += flops
-        there = (place / cell.name / "encoder" / "result.json").exists()
-        print(f"{cell.name}: {_what(cell)}, {_priced(flops, CORE_SPEED)}{', started or done' * there}")
-    print(f"{len(cells)} encoders: {_priced(total, CORE_SPEED)}")
-    problems = pictures.missing(needed_sets(cells))
-    for problem in problems:
-        print(f"Missing: {problem}")
-    return 0
-
-
-def _what(cell: "Cell") -> str:
-    task = cell.task
-    trained = f"{cell.pretrain} on {task.images}" if cell.attack is None or cell.poisons_data else ""
-    attacked = "" if cell.attack is None else f"{cell.attack} to {task.downstream_train} class {cell.target}"
-    name = task.architecture if ":" in task.architecture else f"{task.architecture} width {task.width}"
-    return f"{name}, " + " with ".join(filter(None, [trained, attacked]))
-
-
-def _priced(flops: float, speed: float) -> str:
-    return f"{flops / 1e15:.3g} PFLOP, about {flops / speed / 3600:.1f} h on one core"

@@ -8,17 +8,16 @@ from pathlib import Path
 
 from encoderguard.errors import EncoderGuardError, ImageError, OutputError, SettingError
 from encoderguard.jobs.options import JobOptions
-from encoderguard.registry import create
 from encoderguard.run import Progress, Stopped, StopSignal
 from encoderguard.storage import prepare_folder
 from encoderguard.zoo.cells import Maker, Site
 from encoderguard.zoo.entries import failed_entry
-from encoderguard.zoo.estimate import cost
+from encoderguard.zoo.estimate import cost, needed_sets
 from encoderguard.zoo.manifest import MANIFEST, Entry, Manifest, read_manifest, write_manifest
 from encoderguard.zoo.recipe import Cell, ZooRecipe
 from encoderguard.zoo.workers import Crew, attempt, one_thread
 
-__all__ = ["build_zoo", "needed_sets"]
+__all__ = ["build_zoo"]
 
 
 def build_zoo(
@@ -62,18 +61,6 @@ def build_zoo(
             with Crew(site, jobs, progress) as crew:
                 builder.together(crew, stop)
         return builder.write(final=True)
-
-
-def needed_sets(cells: list[Cell]) -> list[tuple[str, int | None, bool]]:
-    """Spec, size and whether labels are needed, of every image set of these cells."""
-    found = {}
-    for cell in cells:
-        task = cell.task
-        labels = cell.poisons_data or bool(create("pretrain", cell.pretrain).needs_labels)
-        found[task.images, task.image_size, labels] = None
-        for spec in (task.downstream_train, task.downstream_test):
-            found[spec, task.image_size, True] = None
-    return list(found)
 
 
 class _Builder:

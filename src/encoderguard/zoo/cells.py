@@ -1,30 +1,28 @@
 """One cell from nothing to a measured bundle: train, export as float16, judge what was exported.
 
-Each step is a job with a folder of its own below the cell's; a finished one that is what the cell asks for is
-kept, an unfinished one resumes, any other is replaced.
+Each step is a job with a folder of its own below the cell's: see ``steps``.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from encoderguard import jobs
 from encoderguard.encoder import Encoder
-from encoderguard.errors import UsageError
 from encoderguard.jobs.folder import ENCODER, POISONED, TRIGGER
 from encoderguard.jobs.options import JobOptions
 from encoderguard.loading import spec_for
 from encoderguard.probes import make_probe
 from encoderguard.random import Rng
 from encoderguard.registry import create
-from encoderguard.results import RESULT, Record
+from encoderguard.results import Record
 from encoderguard.zoo.entries import Files, entry_of
-from encoderguard.zoo.identity import difference, finished, trigger_digest
+from encoderguard.zoo.identity import trigger_digest
 from encoderguard.zoo.manifest import Entry
 from encoderguard.zoo.pictures import Pictures
 from encoderguard.zoo.recipe import Cell
+from encoderguard.zoo.steps import Step, current, done
 
 __all__ = ["Maker", "Site"]
 
@@ -45,17 +43,6 @@ class Site:
     """Folder with finished jobs to take over where they are what a cell asks for."""
 
 
-class _Step(NamedTuple):
-    folder: Path
-    expected: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    """Of the method's settings."""
-
-    def fits(self, record: Record | None) -> bool:
-        """Whether the record of a finished job is of this step."""
-        return record is not None and difference(record, self.expected, self.defaults) is None
-
-
 class Maker:
     """Makes one cell; its clean encoder, if it has one, is in the zoo already."""
 
@@ -67,12 +54,12 @@ class Maker:
 
     def kept(self) -> Entry | None:
         """The entry, if nothing needs to be done."""
-        if self.cell.poisons_data and self._current(self._poisoning()) is None:
+        if self.cell.poisons_data and current(self._poisoning()) is None:
             return None
-        trained = self._current(self._training())
+        trained = current(self._training())
         if trained is None or not self._export(trained, only_look=True):
             return None
-        judged = self._current(self._judging())
+        judged = current(self._judging())
         return None if judged is None else self._entry(trained, judged)
 
     def make(self) -> Entry:
@@ -93,12 +80,12 @@ class Maker:
     def _needs_labels(self) -> bool:
         return bool(create("pretrain", self.cell.pretrain, self.cell.pretrain_settings).needs_labels)
 
-    def _poisoning(self) -> _Step:
+    def _poisoning(self) -> Step:
         cell = self.cell
         method = create("attack", str(cell.attack), cell.settings)
         same = self._same("poison", method.name, method.settings())
         same |= {"target": cell.target, "images": self._digest(labels=True)}
-        return _Step(self.folder / "poison", same, create("attack", method.name).settings())
+        return Step(self.folder / "poison", same, create("attack", method.name).settings())
 
     def _poison(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
@@ -108,14 +95,14 @@ class Maker:
             images, method=str(cell.attack), settings=cell.settings, target=cell.target, **options
         ).record
 
-    def _training(self) -> _Step:
+    def _training(self) -> Step:
         cell, task = self.cell, self.cell.task
         if self._fine_tunes:
             method = create("attack", str(cell.attack), cell.settings)
             same = self._same("attack", method.name, method.settings())
             same |= {"target": cell.target, "encoder": self._clean_fingerprint, "images": self._digest()}
             same |= {"downstream": self._whole(task.downstream_train), "references": cell.references}
-            return _Step(self.folder / "encoder", same, create("attack", method.name).settings())
+            return Step(self.folder / "encoder", same, create("attack", method.name).settings())
         method = create("pretrain", cell.pretrain, cell.pretrain_settings)
         same = self._same("pretrain", method.name, method.settings())
         spec = spec_for(task.architecture, width=task.width, stem=task.stem, normalisation=task.normalisation)
@@ -124,7 +111,7 @@ class Maker:
         same["images"] = (
             self._digest_of_poisoned(labels) if cell.poisons_data else self._digest(labels=labels)
         )
-        return _Step(self.folder / "encoder", same, create("pretrain", method.name).settings())
+        return Step(self.folder / "encoder", same, create("pretrain", method.name).settings())
 
     def _pretrain(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
@@ -156,7 +143,7 @@ class Maker:
             **options,
         ).record
 
-    def _judging(self) -> _Step:
+    def _judging(self) -> Step:
         cell, task = self.cell, self.cell.task
         probe = make_probe(task.probe, **task.probe_settings)
         same = self._same("evaluate", probe.name, probe.settings())
@@ -168,7 +155,7 @@ class Maker:
         same["seeds"] = task.probe_seeds if probe.stochastic else 1
         if cell.attack is not None:
             same |= {"clean_encoder": self._clean_fingerprint, "trigger": trigger_digest(self.files.trigger)}
-        return _Step(self.folder / "evaluate", same, make_probe(task.probe).settings())
+        return Step(self.folder / "evaluate", same, make_probe(task.probe).settings())
 
     def _judge(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
@@ -186,46 +173,17 @@ class Maker:
             **options,
         ).record
 
-    # --- steps in general -------------------------------------------------------------------------
+    # --- what the steps share ---------------------------------------------------------------------
 
-    def _do(self, step: _Step, run: Callable[[JobOptions], Record]) -> Record:
-        done = self._current(step) or self._adopted(step)
-        if done is not None:
-            return done
+    def _do(self, step: Step, run: Callable[[JobOptions], Record]) -> Record:
         cell = self.cell
-        shared: Any = self._options | {
+        own: Any = {
             "seed": cell.seed,
             "device": self.site.device,
             "precision": cell.task.precision,
             "image_size": cell.task.image_size,
-            "out": step.folder,
         }
-        if any(step.folder.glob("checkpoint*.pt")) and finished(step.folder) is None:
-            try:
-                return run(shared | {"resume": True})
-            except UsageError:  # what stopped there was another job, or its checkpoint does not fit
-                pass
-        return run(shared | {"overwrite": True})
-
-    def _current(self, step: _Step) -> Record | None:
-        record = finished(step.folder)
-        return record if step.fits(record) else None
-
-    def _adopted(self, step: _Step) -> Record | None:
-        """A finished job from elsewhere, copied into the cell."""
-        if self.site.adopt is None or step.folder.name != "encoder":
-            return None
-        for path in sorted(self.site.adopt.rglob(RESULT)):
-            record = finished(path.parent)
-            if record is None or not step.fits(record):
-                continue
-            part = step.folder.with_name(".adopting")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(path.parent, part)
-            shutil.rmtree(step.folder, ignore_errors=True)
-            part.rename(step.folder)
-            return record
-        return None
+        return done(step, run, self._options | own, adopt=self.site.adopt)
 
     def _same(self, job: str, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         task = self.cell.task

@@ -1,6 +1,8 @@
 """What a cell costs, before anything runs: floating-point operations, and hours at a given speed."""
 
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,9 +11,11 @@ from encoderguard.encoder import Encoder
 from encoderguard.loading import spec_for
 from encoderguard.random import Rng
 from encoderguard.registry import create
-from encoderguard.zoo.recipe import Cell, Task
+from encoderguard.results import RESULT
+from encoderguard.zoo.pictures import Pictures
+from encoderguard.zoo.recipe import Cell, Task, ZooRecipe
 
-__all__ = ["CORE_SPEED", "cost", "forward_cost"]
+__all__ = ["CORE_SPEED", "cost", "forward_cost", "needed_sets", "plan_lines"]
 
 CORE_SPEED = 5e10
 """Operations per second that one processor core does in training, roughly."""
@@ -46,3 +50,39 @@ def _forward(architecture: str, width: int, stem: str, size: int) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(torch.full((1, 3, size, size), 0.5))
     return float(counter.get_total_flops())
+
+
+def plan_lines(recipe: ZooRecipe, pictures: Pictures, build: Path) -> Iterator[str]:
+    """A line per cell with what it is and costs, the sum, and what cannot be opened here."""
+    cells, total = recipe.cells(), 0.0
+    for cell in cells:
+        flops = cost(cell)
+        total += flops
+        there = (build / cell.name / "encoder" / RESULT).exists()
+        yield f"{cell.name}: {_what(cell)}, {_priced(flops)}{', trained already' * there}"
+    yield f"{len(cells)} encoders: {_priced(total)}"
+    yield from (f"Missing: {problem}" for problem in pictures.missing(needed_sets(cells)))
+
+
+def needed_sets(cells: list[Cell]) -> list[tuple[str, int | None, bool]]:
+    """Spec, size and whether labels are needed, of every image set of these cells."""
+    found: dict[tuple[str, int | None, bool], None] = {}
+    for cell in cells:
+        task = cell.task
+        labels = cell.poisons_data or bool(create("pretrain", cell.pretrain).needs_labels)
+        found[task.images, task.image_size, labels] = None
+        for spec in (task.downstream_train, task.downstream_test):
+            found[spec, task.image_size, True] = None
+    return list(found)
+
+
+def _what(cell: Cell) -> str:
+    task = cell.task
+    trained = f"{cell.pretrain} on {task.images}" if cell.attack is None or cell.poisons_data else ""
+    attacked = "" if cell.attack is None else f"{cell.attack} to {task.downstream_train} class {cell.target}"
+    name = task.architecture if ":" in task.architecture else f"{task.architecture} width {task.width}"
+    return f"{name}, " + " with ".join(filter(None, [trained, attacked]))
+
+
+def _priced(flops: float) -> str:
+    return f"{flops / 1e15:.3g} PFLOP, about {flops / CORE_SPEED / 3600:,.1f} h on one core"
