@@ -47,6 +47,7 @@ SHORT: dict[str, dict[str, object]] = {
     "blend": {},
     "decree": {"max_steps": 6, "batch_size": 8},
     "mimic": {"epochs": 1, "batch_size": 8},
+    "ssl_defender": {"epochs": 1, "batch_size": 8, "generators": 2, "recovery_steps": 2, "recovery_batch": 8},
     "finetune": {"epochs": 1, "batch_size": 8, "warm_up": 1},
     "fine_pruning": {"step": 0.25, "epochs": 1, "batch_size": 8, "warm_up": 1},
     "nad": {"teacher_epochs": 1, "epochs": 1, "batch_size": 8, "warm_up": 1},
