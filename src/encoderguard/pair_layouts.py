@@ -14,7 +14,8 @@ from torch import Tensor
 from encoderguard.errors import ImageError, SettingError
 from encoderguard.images import ImageSet
 from encoderguard.methods import DataPoisoning, Poisoned
-from encoderguard.poisoning import Base, base_of, drawn_places, of_class, others, poisoned, quota
+from encoderguard.patch_places import drawn_places
+from encoderguard.poisoning import Base, base_of, of_class, others, poisoned, quota
 from encoderguard.run import Run
 from encoderguard.triggers import ColourPatch, stamp_uint8
 

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from encoderguard.images import ImageSet
 from encoderguard.methods import DataPoisoning, Poisoned
-from encoderguard.poisoning import Share, base_of, draw, drawn_places, of_class, poisoned, quota
+from encoderguard.patch_places import drawn_places
+from encoderguard.poisoning import Share, base_of, draw, of_class, poisoned, quota
 from encoderguard.registry import register
 from encoderguard.run import Run
 from encoderguard.triggers import ColourPatch, stamp_uint8

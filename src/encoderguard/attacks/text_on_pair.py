@@ -9,7 +9,8 @@ from pydantic import AfterValidator, Field
 from encoderguard.errors import ImageError
 from encoderguard.images import ImageSet
 from encoderguard.methods import DataPoisoning, Poisoned
-from encoderguard.poisoning import base_of, class_name, draw, drawn_places, others, poisoned, quota
+from encoderguard.patch_places import drawn_places
+from encoderguard.poisoning import base_of, class_name, draw, others, poisoned, quota
 from encoderguard.registry import register
 from encoderguard.run import Run
 from encoderguard.triggers import ColourPatch, stamp_uint8

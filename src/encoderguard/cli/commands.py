@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from encoderguard.cli.methods import fine_tuning, poisoning
 from encoderguard.cli.options import Common, Count, Settings, command, parse_settings
 from encoderguard.cli.running import run_job
 from encoderguard.results import Record, to_json
@@ -18,27 +19,6 @@ _ENCODER = "A bundle (.safetensors), a checkpoint, timm:NAME or torchvision:NAME
 
 EncoderArgument = Annotated[str, typer.Argument(metavar="ENCODER", help=_ENCODER, show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the folder.")]
-
-
-def _fine_tuning(name: str) -> str:
-    """Refuse an attack that poisons data, before the arguments that it does not need are asked for."""
-    return _of_kind(name, "EncoderAttack", "poisons a training set", f"poison {name} --images SET --target N")
-
-
-def _poisoning(name: str) -> str:
-    """Refuse an attack that fine-tunes an encoder."""
-    return _of_kind(name, "DataPoisoning", "fine-tunes an encoder", f"attack {name} ENCODER")
-
-
-def _of_kind(name: str, kind: str, does: str, instead: str) -> str:
-    from encoderguard import methods
-    from encoderguard.registry import method_class, method_names
-
-    if name in method_names("attack") and not issubclass(
-        method_class("attack", name), getattr(methods, kind)
-    ):
-        raise typer.BadParameter(f"{name} {does}, use 'encoderguard {instead}'")
-    return name
 
 
 def finish(record: Record, common: Common) -> int:
@@ -100,7 +80,7 @@ def attack(
     method: Annotated[
         str,
         typer.Argument(
-            help="Such as badencoder; see 'encoderguard list'.", show_default=False, callback=_fine_tuning
+            help="Such as badencoder; see 'encoderguard list'.", show_default=False, callback=fine_tuning
         ),
     ],
     encoder: EncoderArgument,
@@ -149,7 +129,7 @@ def poison(
     method: Annotated[
         str,
         typer.Argument(
-            help="Such as ssl_backdoor; see 'encoderguard list'.", show_default=False, callback=_poisoning
+            help="Such as ssl_backdoor; see 'encoderguard list'.", show_default=False, callback=poisoning
         ),
     ],
     target: Annotated[
