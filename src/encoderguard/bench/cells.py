@@ -1,10 +1,13 @@
 """Computes one cell, by the jobs that everybody uses.
 
 This is where oracles would leak, so what a detector or a defense is handed is made here: an encoder object
-without its file, and images without labels. Trigger and target go to attacks and to evaluations only.
+without its file, images without labels, and a folder to work in that lies apart from the store. Trigger and
+target go to attacks and to evaluations only.
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from encoderguard.loading import load_encoder
 from encoderguard.random import Rng
 from encoderguard.results import Record
 from encoderguard.run import Run, resolve_device
+from encoderguard.storage import prepare_folder
 from encoderguard.triggers import Trigger, load_trigger
 
 __all__ = ["Places", "compute", "open_images", "place_of"]
@@ -63,7 +67,8 @@ def compute(cell: Cell, store: Store, places: Places) -> None:
         EncoderGuardError: the job failed; the store has no such cell then.
     """
     store.clear(cell)
-    folder = store.folder(cell)
+    blind = cell.job in ("scan", "purify")
+    folder = _apart(cell) if blind else store.folder(cell)
     options: dict[str, Any] = {
         "seed": cell.seed,
         "device": places.device,
@@ -77,7 +82,17 @@ def compute(cell: Cell, store: Store, places: Places) -> None:
         record = _WORK[cell.job](cell, store, places, options)
     except EncoderGuardError as error:
         raise type(error)(f"{cell.job} {cell.method} (seed {cell.seed}): {error}") from error
+    if blind:
+        shutil.move(folder, prepare_folder(store.folder(cell).parent) / cell.key)
     store.finish(cell, record)
+
+
+def _apart(cell: Cell) -> Path:
+    """The same for the same cell, so that a killed one resumes; nothing of the attack lies near it."""
+    folder = Path(tempfile.gettempdir()) / f"encoderguard-{cell.key[:32]}"
+    if folder.exists() and not any(folder.glob("checkpoint*.pt")):
+        shutil.rmtree(folder)
+    return folder
 
 
 def _pretrain(cell: Cell, store: Store, places: Places, options: dict[str, Any]) -> dict[str, Any]:

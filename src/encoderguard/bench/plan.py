@@ -122,9 +122,10 @@ def make_plan(suite: Suite, size: Size, name: str, *, digest: Digest) -> Plan:
 
 class _Planner:
     def __init__(self, suite: Suite, size: Size, digest: Digest) -> None:
-        self.suite, self.size, self.digest = suite, size, digest
+        self.size, self.digest = size, digest
         self.rows: list[Row] = []
         self.missing: list[str] = []
+        self.suite = self._possible(suite)
         _check_settings(size)
 
     def plan(self, name: str) -> Plan:
@@ -135,6 +136,17 @@ class _Planner:
                     for task in self._aimed(attack, tasks):
                         self._rows(seed, pretrain, attack, task)
         return Plan(suite=self.suite, size=name, rows=tuple(self.rows), missing=tuple(self.missing))
+
+    def _possible(self, suite: Suite) -> Suite:
+        """The suite without methods that are not registered; they are named as not run."""
+        families: dict[str, Family] = {"attacks": "attack", "defenses": "defense", "detectors": "detector"}
+        kept: dict[str, Any] = {}
+        for field_name, family in families.items():
+            known = {NONE, *method_names(family)}
+            choices = getattr(suite, field_name)
+            kept[field_name] = tuple(choice for choice in choices if choice.name in known)
+            self.missing += [f"{c.title}: not run, no such {family}" for c in choices if c.name not in known]
+        return suite.model_copy(update=kept)
 
     def _tasks(self) -> list[Task]:
         known = {task.name: task for task in self.size.tasks}

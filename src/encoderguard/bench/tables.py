@@ -30,10 +30,12 @@ Row = Mapping[str, Any]
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     """The tables of a result; failed rows are in them, named as failed."""
     made = []
-    if any("defense" in row["facts"] for row in result["rows"]):
-        made += [_defenses(result), _ranks(result["rows"])]
-    if any("detector" in row["facts"] for row in result["rows"]):
-        made += [_scores(result), _rates_of_detectors(result["rows"])]
+    defended = [row for row in result["rows"] if "defense" in row["facts"]]
+    if defended:
+        made += [_defenses(defended, result["published"]), _ranks(defended)]
+    scanned = [row for row in result["rows"] if "detector" in row["facts"]]
+    if scanned:
+        made += [_scores(scanned, result["published"]), _rates_of_detectors(scanned)]
     if result["kind"] == "profile":
         made.append(_profiles(result["rows"]))
     return made
@@ -74,8 +76,8 @@ def compared(now: Sequence[float], before: Sequence[float]) -> str:
     return f"{difference:+.1f}" + (" (within noise)" if abs(difference) <= 2 * error else "")
 
 
-def _defenses(result: Mapping[str, Any]) -> Sheet:
-    groups = _grouped(result["rows"])
+def _defenses(given: Sequence[Row], published: Sequence[Mapping[str, Any]]) -> Sheet:
+    groups = _grouped(given)
     columns = ("acc", "asr", "asr_all", "clean_acc", "clean_asr", "overlap", "seconds", "memory")
     undefended = {
         tuple(p for p in key if p[0] not in ("defense", "x")): rows
@@ -94,7 +96,7 @@ def _defenses(result: Mapping[str, Any]) -> Sheet:
                 *_words(facts, ("pretrain", "attack", "task", "defense")),
                 *(spread(_column(members, name)) for name in columns),
                 change,
-                _published(facts, result["published"], ("acc", "asr")),
+                _published(facts, published, ("acc", "asr")),
                 _failures(members),
             ]
         )
@@ -136,9 +138,9 @@ def _two(values: Sequence[float]) -> str:
     return f"{mean(values):.3f} (n={len(values)})" if values else "-"
 
 
-def _scores(result: Mapping[str, Any]) -> Sheet:
+def _scores(given: Sequence[Row], published: Sequence[Mapping[str, Any]]) -> Sheet:
     rows = []
-    for key, members in _grouped(result["rows"]).items():
+    for key, members in _grouped(given).items():
         facts = dict(key)
         known = [row["values"] for row in members if not row["failed"]]
         verdicts = [v["verdict"] for v in known]
@@ -149,7 +151,7 @@ def _scores(result: Mapping[str, Any]) -> Sheet:
                 ", ".join(f"{score:.4f}" for score in scores) or "-",
                 ", ".join(sorted({f"{verdicts.count(v)} {v}" for v in verdicts})) or "-",
                 spread(_column(members, "seconds")),
-                _published(facts, result["published"], ("score",)),
+                _published(facts, published, ("score",)),
                 _failures(members),
             ]
         )

@@ -1,0 +1,385 @@
+"""The benchmark's engine, tables and verification. Cells are computed by toy methods in this process."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import pytest
+
+from encoderguard import registry
+from encoderguard.bench.cells import Places
+from encoderguard.bench.engine import attempt, run_cells
+from encoderguard.bench.notation import as_csv, as_latex, as_markdown
+from encoderguard.bench.outcome import collect, write_result
+from encoderguard.bench.page import tables_of, verify, verify_all, write_pages
+from encoderguard.bench.plan import Cell, Plan, make_plan
+from encoderguard.bench.run import run_bench
+from encoderguard.bench.store import Store
+from encoderguard.bench.suite import Choice, Size, Suite, load_suite, size_named, suite_names
+from encoderguard.bench.tables import compared, sheets, spread
+from encoderguard.encoder import Encoder
+from encoderguard.errors import SettingError, UsageError
+from encoderguard.images import ImageSet
+from encoderguard.methods import DataPoisoning, Detection, Detector, EncoderAttack
+from encoderguard.registry import FAMILIES, method_class, method_names
+from encoderguard.run import Run, Stopped, StopSignal
+
+TINY = size_named("tiny").model_copy(
+    update={
+        "width": 2,
+        "pretrain_count": 64,
+        "shadow_count": 64,
+        "clean_count": 64,
+        "scan_count": 32,
+        "settings": {
+            "pretrain.simclr": {"epochs": 1, "batch_size": 32},
+            "attack.badencoder": {"epochs": 1, "batch_size": 32, "trigger_size": 8},
+            "defense.mimic": {"epochs": 1, "batch_size": 32},
+            "detector.decree": {"max_steps": 4, "batch_size": 8},
+        },
+    }
+)
+SUITE = Suite(
+    name="toy",
+    title="A toy",
+    paper="none",
+    item="none",
+    expected="Nothing.",
+    defenses=(Choice(name="none"), Choice(name="mimic")),
+    detectors=(Choice(name="decree"),),
+    published=({"attack": "badencoder", "defense": "none", "acc": 83.37, "asr": 99.09},),
+)
+
+
+def plan(suite: Suite = SUITE, size: Size = TINY) -> Plan:
+    return make_plan(suite, size, "tiny", digest=lambda spec: f"digest of {spec}")
+
+
+class Here:
+    """A backend without processes; ``lose`` names jobs whose worker dies the first time."""
+
+    def __init__(self, store: Store, lose: Iterable[str] = ()) -> None:
+        self.store, self.lose, self.order = store, set(lose), list[str]()
+        self._done: dict[int, tuple[str | None, bool]] = {}
+
+    def submit(self, cell: Cell) -> int:
+        number = len(self.order)
+        self.order.append(cell.job)
+        if cell.job in self.lose:
+            self.lose.remove(cell.job)
+            self._done[number] = ("its worker process died", True)
+        else:
+            self._done[number] = (attempt(cell, self.store.root, Places(device="cpu")), False)
+        return number
+
+    def finished(self, handles: Iterable[int], seconds: float) -> list[tuple[int, str | None, bool]]:
+        return [(handle, *self._done[handle]) for handle in handles]
+
+    def close(self) -> None:
+        pass
+
+
+def run(cells: list[Cell], store: Store, **options: Any) -> tuple[Any, Here]:
+    backend = Here(store, **options)
+    outcome = run_cells(cells, store, lambda: backend, progress=lambda *_: None, stop=StopSignal(), at_once=1)
+    return outcome, backend
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store and the result of the toy suite."""
+    folder = tmp_path_factory.mktemp("bench")
+    store, made = Store(folder / "store"), plan()
+    outcome, _ = run(made.cells(), store)
+    assert outcome.failed == {}
+    write_result(collect(made, store, outcome), folder / "toy-tiny")
+    write_pages(folder / "toy-tiny")
+    return folder
+
+
+# --- suites and plans -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_plans_in_every_size(name: str) -> None:
+    for size in ("tiny", "small", "paper"):
+        suite = load_suite(name).sized(size)  # type: ignore[arg-type]
+        made = make_plan(suite, size_named(size), size, digest=str)
+        assert made.rows
+        assert all(set(entry) & {"acc", "asr", "score", "seconds"} for entry in suite.published)
+
+
+def test_the_same_cell_in_two_suites_is_one() -> None:
+    other = SUITE.model_copy(update={"name": "other", "detectors": ()})
+    assert set(plan(other).cells()) < set(plan().cells())
+
+
+def test_a_setting_changes_what_depends_on_it_and_nothing_else() -> None:
+    settings = TINY.settings | {"attack.badencoder": TINY.settings["attack.badencoder"] | {"epochs": 2}}
+    changed = plan(size=TINY.model_copy(update={"settings": settings}))
+    kept = {cell.job for cell in set(plan().cells()) & set(changed.cells())}
+    new = {cell.job for cell in set(changed.cells()) - set(plan().cells())}
+    assert kept == {"pretrain", "scan"}  # the clean encoder, and its scan
+    assert new == {"attack", "purify", "evaluate", "scan"}
+
+
+def test_other_images_are_other_cells() -> None:
+    other = make_plan(SUITE, TINY, "tiny", digest=lambda spec: "something else")
+    assert not set(other.cells()) & set(plan().cells())
+
+
+def test_a_task_that_cannot_be_had_is_named_and_left_out() -> None:
+    from encoderguard.errors import ImageError
+
+    def digest(spec: str) -> str:
+        if spec.startswith("svhn"):
+            raise ImageError("svhn is not there.")
+        return spec
+
+    made = make_plan(load_suite("mimic-table3").sized("paper"), size_named("paper"), "paper", digest=digest)
+    assert made.missing == ("svhn: not run, svhn is not there.",)
+    assert {row.facts["task"] for row in made.rows} == {"gtsrb", "stl10"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = 3", "is not a valid suite: title: "),
+        ("title", "is not valid TOML: "),
+    ],
+)
+def test_a_broken_suite_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(SettingError, match=message):
+        load_suite(str(path))
+
+
+def test_unknown_names_are_answered_with_known_ones() -> None:
+    with pytest.raises(SettingError, match="There is no suite 'table9'; expected a TOML file or one of"):
+        load_suite("table9")
+    with pytest.raises(SettingError, match="Unknown size 'huge'; expected one of: tiny, small, paper"):
+        size_named("huge")
+    with pytest.raises(SettingError, match="names the task 'stl10'; the size has digits"):
+        plan(SUITE.model_copy(update={"tasks": ("stl10",)}))
+    with pytest.raises(SettingError, match="Name a suite, or all; known are decree"):
+        run_bench([], out=Path("nowhere"))
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_computed_twice(finished: Path) -> None:
+    store = Store(finished / "store")
+    outcome = run_cells(
+        plan().cells(),
+        store,
+        lambda: pytest.fail("no backend is needed"),
+        progress=lambda *_: None,
+        stop=StopSignal(),
+    )
+    assert (len(outcome.kept), outcome.computed) == (len(plan().cells()), [])
+
+
+@pytest.mark.parametrize("harm", ["bundle", "cell", "missing"])
+def test_a_broken_cell_is_set_aside_and_computed_again(harm: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "store", tmp_path / "store")
+    store = Store(tmp_path / "store")
+    cell = next(cell for cell in plan().cells() if cell.job == "pretrain")
+    bundle = store.folder(cell) / "encoder.safetensors"
+    before = bundle.read_bytes()
+    if harm == "bundle":
+        bundle.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    elif harm == "cell":
+        (store.folder(cell) / "cell.json").write_text("{")
+    else:
+        bundle.unlink()
+    outcome, backend = run(plan().cells(), store)
+    assert backend.order == ["pretrain"]
+    assert outcome.quarantined[0].startswith(f"pretrain simclr {cell.key[:12]}: ")
+    assert (tmp_path / "store" / "quarantine" / cell.key).is_dir()
+    again = Encoder.load(bundle)
+    bundle.write_bytes(before)
+    assert again.fingerprint == Encoder.load(bundle).fingerprint
+
+
+def test_a_lost_worker_costs_only_its_cell(tmp_path: Path) -> None:
+    suite = SUITE.model_copy(update={"detectors": ()})
+    outcome, backend = run(plan(suite).cells(), Store(tmp_path), lose=["attack"])
+    assert outcome.failed == {}
+    assert backend.order.count("attack") == 2
+    assert backend.order.count("pretrain") == 1
+
+
+def test_a_failed_cell_fails_what_needs_it_and_no_more(tmp_path: Path) -> None:
+    settings = TINY.settings | {"attack.badencoder": {"epochs": 1, "trigger_size": 40}}
+    made = plan(size=TINY.model_copy(update={"settings": settings}))
+    store = Store(tmp_path)
+    outcome, _ = run(made.cells(), store)
+    jobs = sorted(cell.job for cell in outcome.failed)
+    assert jobs == ["attack", "evaluate", "evaluate", "purify", "scan"]
+    assert sorted(cell.job for cell in outcome.computed) == ["pretrain", "scan"]
+    result = collect(made, store, outcome)
+    failed = [row for row in result["rows"] if row["failed"]]
+    assert len(failed) == 3
+    assert all("A 40-pixel patch with margin 1 does not fit" in row["failed"] for row in failed)
+    assert "A 40-pixel patch" in tables_of(result)["table.md"]
+
+
+def test_stopping_ends_between_cells(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run_cells(
+            plan().cells(),
+            Store(tmp_path),
+            lambda: Here(Store(tmp_path)),
+            progress=lambda *_: None,
+            stop=StopSignal(requested=True),
+        )
+
+
+# --- no oracles -----------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Cheat(Detector):
+    """Looks for everything that a detector must not see."""
+
+    name: ClassVar[str] = "cheat"
+
+    def detect(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Detection:
+        told = ("labels", "canvases", "captions")
+        found = [name for name in told if getattr(images, name, None) is not None]
+        texts = {key: repr(value) for key, value in vars(encoder).items()} | {"spec": repr(encoder.spec)}
+        found += [key for key, text in texts.items() if "badencoder" in text or "safetensors" in text]
+        folder = run.checkpoint
+        assert folder is not None
+        near = [folder.parent, *folder.parent.parent.glob("encoderguard-*")]
+        files = [path for place in near for path in place.rglob("*")]
+        found += [str(path) for path in files if path.suffix in (".json", ".npz")]
+        telling = [path for path in found if "/" not in path or "trigger" in path or "result" in path]
+        return Detection(verdict="clean", score=0.5, threshold=0.5, evidence={"found": telling})
+
+
+def test_a_cheating_method_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    monkeypatch.setitem(registry._METHODS, ("detector", "cheat"), Cheat)
+    (tmp_path / "apart").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "apart"))
+    suite = SUITE.model_copy(update={"defenses": (), "detectors": (Choice(name="cheat"),)})
+    store, made = Store(tmp_path / "store"), plan(suite)
+    outcome, _ = run(made.cells(), store)
+    assert outcome.failed == {}
+    for row in made.rows:
+        evidence = store.facts(row.cells["scan"])["record"]["evidence"]
+        assert evidence == {"found": []}
+    # what it looked for is there, in the store
+    assert any((tmp_path / "store").rglob("trigger.json"))
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_spread_and_differences_by_hand() -> None:
+    assert spread([]) == "-"
+    assert spread([50.0]) == "50.0 (n=1)"
+    assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0 (n=3)"
+    assert compared([10.0], [12.0]) == "-2.0 (one seed: noise unknown)"
+    assert compared([10.0, 11.0, 12.0], [10.5, 11.5, 12.5]) == "-0.5 (within noise)"
+    assert compared([10.0, 10.1, 10.2], [12.0, 12.1, 12.2]) == "-2.0"
+
+
+def rows() -> list[dict[str, Any]]:
+    def row(defense: str, seed: int, acc: float, asr: float) -> dict[str, Any]:
+        facts = {"pretrain": "simclr", "attack": "badencoder", "task": "digits", "defense": defense}
+        values = {"acc": acc, "asr": asr, "asr_all": asr, "clean_acc": 0.9, "clean_asr": 0.1}
+        return {"facts": facts | {"seed": seed}, "values": values, "records": {}, "failed": None}
+
+    return [
+        row("none", 0, 0.9, 1.0),
+        row("none", 1, 0.8, 1.0),
+        row("good", 0, 0.9, 0.1),
+        row("good", 1, 0.8, 0.2),
+        row("bad", 0, 0.9, 0.9),
+    ]
+
+
+def test_tables_by_hand() -> None:
+    from encoderguard.bench.outcome import _with_fidelity
+
+    result = {"kind": "defenses", "rows": _with_fidelity(rows()), "published": SUITE.published}
+    main, ranks = sheets(result)
+    cells = dict(zip(main.header, main.rows[2], strict=True))
+    assert cells["ASR % (target class excluded)"] == "15.0 ± 7.1 (n=2)"
+    assert cells["ACC lost or won"] == "+0.0 (within noise)"
+    assert dict(zip(main.header, main.rows[0], strict=True))["paper ACC/ASR %"] == "83.37/99.09"
+    order = [(row[0], row[1], row[2]) for row in ranks.rows]
+    assert order == [
+        ("good", "1", "5.0 ± 7.1 (n=2)"),
+        ("bad", "2", "80.0 (n=1)"),
+        ("none", "3", "90.0 ± 0.0 (n=2)"),
+    ]
+    # (ASR0 - ASR1) / ASR0 * ACC1 / ACC0: .9 and .8, so .85 on average
+    assert ranks.rows[0][4] == "0.850 (n=2)"
+
+
+def test_notations(finished: Path) -> None:
+    sheet = sheets({"kind": "defenses", "rows": rows(), "published": ()})[0]
+    assert as_markdown(sheet).splitlines()[2].startswith("| pre-training | attack | task | defense | ACC % |")
+    assert as_csv(sheet).splitlines()[1].startswith("simclr,badencoder,digits,none,85.0 ± 7.1 (n=2),")
+    assert r"85.0 $\pm$ 7.1 (n=2)" in as_latex(sheet)
+    assert (finished / "toy-tiny" / "index.html").read_text().count("<table>") >= 4
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def test_a_result_that_follows_from_its_records_is_verified(finished: Path) -> None:
+    assert verify_all(finished) == (1, [])
+
+
+@pytest.mark.parametrize("harm", ["row", "table", "record", "removed", "added"])
+def test_verification_finds_every_change(harm: str, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "toy-tiny"
+    shutil.copytree(finished / "toy-tiny", folder)
+    result = json.loads((folder / "bench.json").read_text())
+    keys = [row["records"].get("evaluate") for row in result["rows"]]
+    number, key = next((number, key) for number, key in enumerate(keys) if key)
+    record = folder / "records" / f"{key}.json"
+    if harm == "row":
+        result["rows"][number]["values"]["acc"] = 0.999
+        (folder / "bench.json").write_text(json.dumps(result))
+        expected = "are not those of its records"
+    elif harm == "table":
+        text = (folder / "table.md").read_text()
+        (folder / "table.md").write_text(text.replace("n=1", "n=3", 1))
+        expected = "table.md is not what its records give"
+    elif harm == "record":
+        held = json.loads(record.read_text())
+        held["record"]["acc"] = 0.123
+        record.write_text(json.dumps(held))
+        expected = "are not those of its records"
+    elif harm == "removed":
+        record.unlink()
+        expected = "its numbers stand on nothing"
+    else:
+        (folder / "records" / ("0" * 64 + ".json")).write_text("{}")
+        expected = "no row uses the record 000000000000"
+    assert any(expected in fault for fault in verify(folder))
+
+
+def test_a_folder_without_a_result(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"There is no bench\.json in or below"):
+        verify_all(tmp_path)
+
+
+def test_what_the_suites_name_is_registered() -> None:
+    known = {f"{family}.{name}" for family in FAMILIES for name in method_names(family)}
+    for size in ("tiny", "small", "paper"):
+        assert set(size_named(size).settings) <= known
+    attacks = [method_class("attack", name) for name in method_names("attack")]
+    assert all(issubclass(attack, EncoderAttack | DataPoisoning) for attack in attacks)
