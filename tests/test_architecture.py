@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sanity", "checkpoints", "loading"),
     ("hooks", "features", "augment", "captions", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
-    ("plans", "training", "pruning", "repair", "tuning"),
+    ("plans", "training", "planting_terms", "planting", "pruning", "repair", "tuning"),
     ("folding", "penalty", "parametrisations", "inversion", "refinement", "rays", "bank", "collapse"),
     ("generators", "mixing", "recovery", "unlearning"),
     ("classifiers", "monitoring", "probes", "references", "fidelity", "evaluation"),
