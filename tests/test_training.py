@@ -13,7 +13,10 @@ from encoderguard.attacks.adaptive_mimic import AdaptiveMimic
 from encoderguard.attacks.badencoder import BadEncoder
 from encoderguard.attacks.drupe import DRUPE
 from encoderguard.attacks.transtroj import TransTroj
+from encoderguard.defenses.finetune import FineTune
+from encoderguard.defenses.medic import MEDIC
 from encoderguard.defenses.mimic import MIMIC
+from encoderguard.defenses.nad import NAD
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError, ImageError, NonFiniteError, SettingError
 from encoderguard.images import ImageSet
@@ -25,6 +28,7 @@ from encoderguard.run import Run, Stopped
 from encoderguard.training import Batch, Plan, train
 
 PLAN = Plan(epochs=3, batch_size=8, lr=0.05)
+TASKS = ("pre-training", "planting", "distilling", "fine-tuning", "cloning")
 
 
 def pictures(count: int = 20, side: int = 8) -> ImageSet:
@@ -181,15 +185,32 @@ def mimic(run: Run) -> Encoder:
     return method.purify(small_encoder(), pictures(32), run=run).encoder
 
 
-@pytest.mark.parametrize(
-    "method", [simclr, badencoder, adaptive_decree, adaptive_mimic, drupe, transtroj, mimic, *PRETRAINERS]
-)
+def finetune(run: Run) -> Encoder:
+    method = FineTune(epochs=2, batch_size=8, warm_up=1, utility_floor=0)
+    return method.purify(small_encoder(), pictures(32), run=run).encoder
+
+
+def nad(run: Run) -> Encoder:
+    method = NAD(teacher_epochs=1, epochs=2, batch_size=8, warm_up=1, utility_floor=0)
+    return method.purify(small_encoder(), pictures(32), run=run).encoder
+
+
+def medic(run: Run) -> Encoder:
+    method = MEDIC(epochs=2, batch_size=8, warm_up=1)
+    return method.purify(small_encoder(), pictures(32), run=run).encoder
+
+
+ATTACKS = (badencoder, adaptive_decree, adaptive_mimic, drupe, transtroj)
+DEFENSES = (mimic, finetune, nad, medic)
+
+
+@pytest.mark.parametrize("method", [simclr, *ATTACKS, *DEFENSES, *PRETRAINERS])
 def test_methods_resume_to_the_same_end(method: Callable[[Run], Encoder], tmp_path: Path) -> None:
     whole = method(Run(rng=Rng(0)))
     run = Run(rng=Rng(0), checkpoint=tmp_path / "checkpoint.pt", resume=True)
 
     def stop(task: str, done: int, total: int, note: str = "") -> None:
-        run.stop.requested = task in ("pre-training", "planting", "distilling") and done == 3
+        run.stop.requested = task in TASKS and done == 3
 
     with pytest.raises(Stopped):
         method(replace(run, progress=stop))

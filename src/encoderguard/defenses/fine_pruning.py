@@ -60,6 +60,8 @@ class FinePruning(Defense):
     """Share of the channels of each layer that is taken out per step."""
     most: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Share that is taken out at most."""
+    pruning_floor: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """The last share with at least this utility counts; room is left above the other floor."""
     epochs: Annotated[int, Field(ge=1)] = 100
     """Passes over the clean images afterwards."""
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -75,7 +77,7 @@ class FinePruning(Defense):
     warm_up: Annotated[int, Field(ge=0)] = 5
     """Epochs in which only the fresh projection head learns."""
     utility_floor: Annotated[float, Field(ge=0, le=1)] = UTILITY_FLOOR
-    """The last share of channels, and the last epoch, with at least this utility count."""
+    """The last epoch of fine-tuning with at least this utility counts."""
 
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
         """See Defense. Raises EncoderError without hidden channels."""
@@ -110,7 +112,7 @@ class FinePruning(Defense):
         return Purified(encoder=result, history=done.history, evidence=evidence)
 
     def _prune(self, repair: Repair, run: Run) -> tuple[dict[Units, Tensor], list[float]]:
-        """The masks of the last step above the floor, and the utility of each step that was tried."""
+        """The masks of the last step above the pruning floor, and the utility of each step that was tried."""
         layers = last_stage_units(repair.suspect)
         active = [channel_activations(repair.suspect, units, repair.images, run) for units in layers]
         kept = {units: torch.ones(units.count, dtype=torch.bool) for units in layers}
@@ -123,7 +125,7 @@ class FinePruning(Defense):
                     stack.enter_context(masked(repair.suspect, units, mask))
                 curve.append(repair.gate.measure(repair.suspect))
             run.progress("pruning", number, steps, f"utility {curve[-1]:.3f}")
-            if curve[-1] < self.utility_floor:
+            if curve[-1] < self.pruning_floor:
                 break
             kept = dict(zip(layers, masks, strict=True))
         return kept, curve

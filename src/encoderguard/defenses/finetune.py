@@ -41,7 +41,7 @@ class FineTune(Defense):
     """Passes over the clean images at most."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per step; each gives two views."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 1e-2
     """SGD's learning rate; falls to zero along a cosine."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""

@@ -1,5 +1,6 @@
 """MEDIC (Xu et al. 2023): clone what matters of every layer into an empty student."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, final
 
@@ -65,7 +66,7 @@ class MEDIC(Defense):
     that is fitted first (the student's own loss has no gradient at the suspect's activations); in scaling
     activations and gradients to at most 1 per sample before the softmax, whose T would else depend on the
     units of a loss; and in hooks that live for one forward pass. Networks without BatchNorm are cloned at
-    their stage maps. The utility is reported, but nothing is done about it: there is no earlier encoder to
+    their taps. The utility is reported, but nothing is done about it: there is no earlier encoder to
     go back to but the suspect.
     """
 
@@ -110,10 +111,12 @@ class MEDIC(Defense):
         def loss(batch: Batch) -> dict[str, Tensor]:
             views = torch.cat(batch.views(SIMCLR))
             aims, weights = self._important(teacher, judge, views)
-            features, maps = _maps(student, views)
+            features, outputs = _outputs(student, views)
             terms = [
                 cloning_loss(own, aim, weight, sigma)
-                for own, aim, weight, sigma in zip(maps, aims, weights, deviations, strict=True)
+                for own, aim, weight, sigma in zip(
+                    _maps(student, outputs), aims, weights, deviations, strict=True
+                )
             ]
             return {
                 "nt_xent": task.of_features(features),
@@ -137,13 +140,14 @@ class MEDIC(Defense):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The suspect's maps, and the importance of their channels."""
         with torch.enable_grad():
-            features, maps = _maps(teacher, views)
-            gradients = torch.autograd.grad(judge.of_features(features), maps)
+            features, outputs = _outputs(teacher, views)
+            slopes = _maps(teacher, torch.autograd.grad(judge.of_features(features), outputs))
+        maps = [own.detach() for own in _maps(teacher, outputs)]
         weights = [
-            importance(strength(own.detach()), strength(slope), self.sharpness)
-            for own, slope in zip(maps, gradients, strict=True)
+            importance(strength(own), strength(slope), self.sharpness)
+            for own, slope in zip(maps, slopes, strict=True)
         ]
-        return [own.detach() for own in maps], weights
+        return maps, weights
 
     def _plan(self) -> Plan:
         return Plan(
@@ -155,18 +159,29 @@ class MEDIC(Defense):
         )
 
 
-def _norms(encoder: Encoder) -> list[str]:
-    return [name for name, part in encoder.backbone.named_modules() if isinstance(part, nn.BatchNorm2d)]
+def _places(encoder: Encoder) -> list[str]:
+    """Where is cloned: all BatchNorms, else the taps."""
+    parts = encoder.backbone.named_modules()
+    return [name for name, part in parts if isinstance(part, nn.BatchNorm2d)] or list(encoder.spec.taps)
 
 
-def _maps(encoder: Encoder, views: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Features and what is cloned: the outputs of all BatchNorms, else the stage maps."""
-    names = _norms(encoder)
-    if not names:
-        return encoder.features_and_stages(views)
-    with captured(encoder.backbone, names) as outputs:
+def _outputs(encoder: Encoder, views: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Features, and the outputs of these places as the network makes them."""
+    places = _places(encoder)
+    with captured(encoder.backbone, places) as outputs:
         features = encoder(views)
-    return features, [outputs[name] for name in names]
+    return features, [outputs[name] for name in places]
+
+
+def _maps(encoder: Encoder, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same as ``[N, C, H, W]``; of tokens ``[N, T, C]`` as ``[N, C, T, 1]``."""
+    last = encoder.spec.tap_layout == "NHWC" and _places(encoder) == list(encoder.spec.taps)
+    return [
+        values.movedim(-1, 1).unsqueeze(-1)
+        if values.ndim == 3
+        else (values.movedim(-1, 1) if last else values)
+        for values in outputs
+    ]
 
 
 def _deviations(teacher: Encoder, images: ImageSet, run: Run) -> list[Tensor]:
@@ -177,8 +192,8 @@ def _deviations(teacher: Encoder, images: ImageSet, run: Run) -> list[Tensor]:
     for batch in images.float_batches(256):
         run.check_stop()
         with torch.no_grad(), run.autocast():
-            _, maps = _maps(teacher, SIMCLR(batch.to(run.device), generator))
-        rows = [values.movedim(1, -1).flatten(0, -2).double() for values in maps]
+            _, outputs = _outputs(teacher, SIMCLR(batch.to(run.device), generator))
+        rows = [values.movedim(1, -1).flatten(0, -2).double() for values in _maps(teacher, outputs)]
         found = [torch.stack([values.sum(0), values.square().sum(0)]) for values in rows]
         sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
         places = [old + len(new) for old, new in zip(places or [0] * len(rows), rows, strict=True)]
