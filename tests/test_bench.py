@@ -106,7 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", suite_names())
 def test_every_suite_plans_in_every_size(name: str) -> None:
     for size in ("tiny", "small", "paper"):
-        suite = load_suite(name).sized(size)  # type: ignore[arg-type]
+        suite = load_suite(name).sized(size)
         made = make_plan(suite, size_named(size), size, digest=str)
         assert made.rows
         assert all(set(entry) & {"acc", "asr", "score", "seconds"} for entry in suite.published)
@@ -313,7 +313,7 @@ def test_tables_by_hand() -> None:
 
     result = {"kind": "defenses", "rows": _with_fidelity(rows()), "published": SUITE.published}
     main, ranks = sheets(result)
-    cells = dict(zip(main.header, main.rows[2], strict=True))
+    cells = dict(zip(main.header, main.rows[1], strict=True))
     assert cells["ASR % (target class excluded)"] == "15.0 ± 7.1 (n=2)"
     assert cells["ACC lost or won"] == "+0.0 (within noise)"
     assert dict(zip(main.header, main.rows[0], strict=True))["paper ACC/ASR %"] == "83.37/99.09"
@@ -383,3 +383,71 @@ def test_what_the_suites_name_is_registered() -> None:
         assert set(size_named(size).settings) <= known
     attacks = [method_class("attack", name) for name in method_names("attack")]
     assert all(issubclass(attack, EncoderAttack | DataPoisoning) for attack in attacks)
+
+
+# --- fleets ---------------------------------------------------------------------------------------
+
+
+def test_a_fleet_is_scanned_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from encoderguard.bench import fleet
+
+    store = Store(finished / "store")
+    bundles = [
+        str(store.folder(cell) / "encoder.safetensors")
+        for cell in plan().cells()
+        if cell.job in ("pretrain", "attack")
+    ]
+    listed = tmp_path / "specs.txt"
+    listed.write_text("# what we received\n" + "\n".join([*bundles, "", "nowhere.safetensors"]) + "\n")
+    backends: list[Here] = []
+
+    def here(kept: Store, places: Places, *, workers: int) -> Here:
+        backends.append(Here(kept))
+        return backends[-1]
+
+    monkeypatch.setattr(fleet, "Local", here)
+    settings = {"max_steps": 4, "batch_size": 8}
+    for _ in range(2):
+        found = fleet.scan_fleet(
+            fleet.read_specs(listed),
+            "digits:train",
+            detector="decree",
+            settings=settings,
+            count=32,
+            out=tmp_path,
+        )
+    assert [backend.order for backend in backends] == [
+        ["scan"] * 3,
+        ["scan"],
+    ]  # the failed one is tried again
+    assert [entry["verdict"] is None for entry in found] == [False, False, True]
+    assert "nowhere.safetensors" in found[2]["error"]
+    assert fleet.exit_code(found) in (1, 2)
+    assert len((tmp_path / "fleet.csv").read_text().splitlines()) == 4
+
+
+def test_exit_codes_of_a_fleet() -> None:
+    from encoderguard.bench.fleet import exit_code
+
+    def verdicts(*given: str | None) -> list[dict[str, Any]]:
+        return [{"verdict": verdict} for verdict in given]
+
+    assert exit_code(verdicts("clean", "clean")) == 0
+    assert exit_code(verdicts("clean", "inconclusive")) == 3
+    assert exit_code(verdicts("clean", None, "inconclusive")) == 2
+    assert exit_code(verdicts(None, "backdoored")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("# nothing\n", "names no encoder; write one spec per line"), ("a\nb\na\n", "names 'a' twice")],
+)
+def test_a_list_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:
+    from encoderguard.bench.fleet import read_specs
+
+    path = tmp_path / "specs.txt"
+    path.write_text(text)
+    with pytest.raises(SettingError, match=message):
+        read_specs(path)
+    with pytest.raises(SettingError, match="cannot be read"):
+        read_specs(tmp_path / "missing.txt")

@@ -134,6 +134,8 @@ def _poison(cell: Cell, store: Store, places: Places, options: dict[str, Any]) -
 
 def _suspect(cell: Cell, store: Store) -> Encoder:
     """Weights and preprocessing alone: neither the file's path nor the provenance inside it."""
+    if "encoder" in cell.data:
+        return load_encoder(cell.data["encoder"])
     return load_encoder(str(store.folder(cell.needs["encoder"]) / _BUNDLE))
 
 

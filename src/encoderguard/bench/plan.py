@@ -229,7 +229,7 @@ class _Planner:
 
     def _purified(self, seed: int, suspect: Cell, defense: Choice, trigger: Cell | None) -> Cell:
         count = defense.count or round(self.size.clean_count * (defense.share or 1))
-        extra = {"count": count, "image_size": self.size.image_size}
+        extra: dict[str, Any] = {"count": count, "image_size": self.size.image_size}
         needs = {"encoder": suspect}
         if defense.stamped and trigger is not None:
             needs, extra = needs | {"trigger": trigger}, extra | {"stamped": defense.stamped}

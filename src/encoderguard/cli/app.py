@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from encoderguard.cli import commands
-from encoderguard.cli.bench import bench
+from encoderguard.cli.bench import bench, scan_fleet
 from encoderguard.cli.running import STOPPED, guarded, say
 from encoderguard.cli.story import demo
 from encoderguard.cli.zoo import zoo
@@ -35,6 +35,7 @@ for job in (
 ):
     app.command()(job)
 app.add_typer(bench, name="bench")
+app.command("scan-fleet")(scan_fleet)
 app.add_typer(zoo, name="zoo")
 
 

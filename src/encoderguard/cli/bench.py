@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from encoderguard.cli.options import Settings, parse_settings
 from encoderguard.cli.running import guarded, say, watched
 
-__all__ = ["bench"]
+__all__ = ["bench", "scan_fleet"]
 
 bench = typer.Typer(help="Settle claims: tables and figures of the papers, by one command each.")
 
@@ -110,5 +111,55 @@ def verify(
             print(fault)
         print(f"{count} results, {len(faults)} faults.")
         return 2 if faults else 0
+
+    return guarded(work)
+
+
+def scan_fleet(
+    specs: Annotated[Path, typer.Argument(help="Text file: one encoder spec per line.", show_default=False)],
+    images: Annotated[str, typer.Option(help="Clean unlabelled images, the same for all.")] = "digits:train",
+    detector: Annotated[str, typer.Option(help="Such as decree; see 'encoderguard list'.")] = "decree",
+    count: Annotated[int, typer.Option(min=1, help="Images to draw with the seed.")] = 1000,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Bring images to this side in pixels.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/fleet"),
+    packs: Packs = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Worker processes here, or Ray.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Scans at the same time.", show_default="all cores")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    setting: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the results.")] = False,
+) -> int:
+    """Scan many encoders; finished scans are not repeated."""
+
+    def work() -> int:
+        from encoderguard.bench import fleet
+        from encoderguard.bench.cells import Places
+
+        listed, settings = fleet.read_specs(specs), parse_settings(setting)
+        with watched() as (progress, stop):
+            found = fleet.scan_fleet(
+                listed,
+                images,
+                detector=detector,
+                settings=settings,
+                count=count,
+                seed=seed,
+                image_size=image_size,
+                out=out,
+                places=Places(packs=None if packs is None else str(packs), device=device),
+                engine=engine,
+                workers=workers,
+                progress=progress,
+                stop=stop,
+            )
+        print(
+            json.dumps(found, indent=1) if as_json else (out / "fleet.md").read_text(encoding="utf-8"), end=""
+        )
+        return fleet.exit_code(found)
 
     return guarded(work)

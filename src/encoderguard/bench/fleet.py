@@ -1,0 +1,148 @@
+"""Scans many encoders with the benchmark's engine: nothing twice, lost workers survive, resumable."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from encoderguard.bench.cells import Places, open_images
+from encoderguard.bench.engine import Backend, Local, run_cells
+from encoderguard.bench.notation import Sheet, as_csv, as_markdown
+from encoderguard.bench.plan import Cell
+from encoderguard.bench.run import EngineName
+from encoderguard.bench.store import Store, file_digest
+from encoderguard.errors import SettingError
+from encoderguard.registry import create
+from encoderguard.run import Progress, StopSignal
+from encoderguard.storage import write_text
+
+__all__ = ["exit_code", "read_specs", "scan_fleet"]
+
+
+def read_specs(path: Path) -> list[str]:
+    """Encoder specs, one a line; empty lines and those that begin with ``#`` are left out.
+
+    Raises:
+        SettingError: the file cannot be read, holds none, or holds one twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"The list of encoders {path} cannot be read ({type(error).__name__}).") from None
+    specs = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not specs:
+        raise SettingError(f"{path} names no encoder; write one spec per line.")
+    if twice := next((spec for spec in specs if specs.count(spec) > 1), None):
+        raise SettingError(f"{path} names '{twice}' twice; name each encoder once.")
+    return specs
+
+
+def scan_fleet(
+    specs: list[str],
+    images: str,
+    *,
+    detector: str,
+    settings: Mapping[str, Any] | None = None,
+    count: int = 1000,
+    seed: int = 0,
+    image_size: int | None = None,
+    out: Path,
+    places: Places | None = None,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    progress: Progress = lambda task, done, total, note="": None,
+    stop: StopSignal | None = None,
+) -> list[dict[str, Any]]:
+    """Scan each encoder; write ``fleet.json``, ``fleet.csv`` and ``fleet.md`` into ``out``.
+
+    Args:
+        specs: encoder specs, as ``scan`` takes them.
+        images: spec of the clean unlabelled images, the same for all.
+        detector: name of a detector.
+        settings: of the detector.
+        count: images to draw with the seed.
+        seed: of the draw and of the detector.
+        image_size: side in pixels to which images are brought.
+        out: folder of the results and of the finished scans.
+        places: where data are, which device.
+        engine: worker processes here, or Ray.
+        workers: scans at the same time; all cores by default.
+        progress: shown as scans finish.
+        stop: set it to stop; finished scans are kept.
+
+    Returns:
+        One entry per encoder: spec, verdict (null if the scan failed), score, threshold, seconds, error.
+
+    Raises:
+        UsageError: an argument cannot be used as given.
+        Stopped: the user asked to stop.
+    """
+    where, store, at_once = places or Places(), Store(out / "store"), workers or os.cpu_count() or 1
+    used = create("detector", detector, settings).settings()
+    digest = open_images(images, where).digest
+    cells = [
+        Cell(
+            job="scan",
+            method=detector,
+            settings=used,
+            seed=seed,
+            data={"encoder": spec, "images": images},
+            digests={"encoder": _identity(spec), "images": digest},
+            extra={"count": count, "image_size": image_size},
+        )
+        for spec in specs
+    ]
+
+    def make() -> Backend:
+        if engine == "ray":
+            from encoderguard.bench.on_ray import OnRay
+
+            return OnRay(store, where, workers=at_once)
+        return Local(store, where, workers=at_once)
+
+    outcome = run_cells(cells, store, make, progress=progress, stop=stop or StopSignal(), at_once=at_once)
+    found = []
+    for spec, cell in zip(specs, cells, strict=True):
+        record = {} if cell in outcome.failed else store.facts(cell)["record"]
+        entry = {name: record.get(name) for name in ("verdict", "score", "threshold", "p_value")}
+        seconds, folder = record.get("method_seconds"), str(store.folder(cell))
+        found.append(
+            {"spec": spec, **entry, "seconds": seconds, "error": outcome.failed.get(cell), "run": folder}
+        )
+    _write(found, out)
+    return found
+
+
+def exit_code(found: list[dict[str, Any]]) -> int:
+    """1 if any encoder is called backdoored, else 2 if a scan failed, else 3 if any is inconclusive."""
+    verdicts = {entry["verdict"] for entry in found}
+    return (
+        1 if "backdoored" in verdicts else 2 if None in verdicts else 3 if "inconclusive" in verdicts else 0
+    )
+
+
+def _identity(spec: str) -> str:
+    """The file's digest, or of a named encoder its name: hubs do not change what a name means."""
+    path = Path(spec.rpartition("@")[2])
+    return file_digest(path) if path.is_file() else hashlib.sha256(spec.encode()).hexdigest()
+
+
+def _write(found: list[dict[str, Any]], out: Path) -> None:
+    rows = [
+        [
+            entry["spec"],
+            entry["verdict"] or "failed",
+            "-" if entry["score"] is None else f"{entry['score']:.4f}",
+            "-" if entry["threshold"] is None else f"{entry['threshold']:.4f}",
+            "-" if entry["seconds"] is None else f"{entry['seconds']:.1f}",
+            entry["error"] or "",
+        ]
+        for entry in found
+    ]
+    header = ["encoder", "verdict", "score", "threshold", "seconds", "error"]
+    sheet = Sheet(title="Scans", header=header, rows=rows)
+    write_text(out / "fleet.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_text(out / "fleet.csv", as_csv(sheet))
+    write_text(out / "fleet.md", as_markdown(sheet))
