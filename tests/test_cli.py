@@ -133,10 +133,13 @@ def test_list_is_a_stable_contract(shell: Shell) -> None:
     assert {("detector", "toy"), ("attack", "toy"), ("defense", "toy"), ("pretrain", "toy")} <= names
     toy = next(entry for entry in known if (entry["family"], entry["name"]) == ("detector", "toy"))
     assert (toy["summary"], toy["paper"]) == ("Says what it is told to.", "nobody, nowhere")
+    assert {"year", "needs", "cost", "blind_spots"} <= set(toy)
     assert toy["settings"][0]["name"] == "verdict"
     assert toy["settings"][0]["default"] == "clean"
     assert toy["settings"][0]["doc"] == "The answer."
-    assert "detector toy\n  Says what it is told to." in shell("list").out
+    words = shell("list").out
+    assert "detector toy\n  Says what it is told to." in words
+    assert "  cost: fine-tuning\n  does not cover: A backdoor that contrastive training" in words
 
 
 def test_a_stopped_run_says_how_to_continue(

@@ -170,3 +170,10 @@ def test_a_defender_has_no_way_to_be_told_the_truth(family: Family, name: str) -
         }
         words = {setting["name"] for setting in setting_docs(method_class(family, name))}
         assert not words & {"trigger", "target", "label", "labels", "backdoored", "is_backdoored"}
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_every_method_says_what_it_needs_costs_and_does_not_cover(family: Family, name: str) -> None:
+    cls = method_class(family, name)
+    assert all(text.strip() for text in (cls.paper, cls.needs, cls.cost, cls.blind_spots))
+    assert cls.year == 0 or 1990 < cls.year < 2100, "the paper's year, or 0 for a method of our own"
