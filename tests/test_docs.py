@@ -85,6 +85,7 @@ FAMILY_OF: dict[str, tuple[Family, str]] = {
     "poison": ("attack", "ssl_backdoor"),
     "scan": ("detector", "decree"),
     "purify": ("defense", "mimic"),
+    "filter": ("filter", "patch_search"),
 }
 """Family and usual method of a command; a method that is named in the words counts instead."""
 
@@ -149,7 +150,7 @@ def test_every_method_has_a_card_with_its_settings_and_defaults(family: Family, 
     card = DOCS / "methods" / f"{name}.md"
     assert card.exists(), f"{family} '{name}' needs a card: docs/methods/{name}.md"
     text = card.read_text(encoding="utf-8")
-    rows = re.findall(r"(?m)^\| `(\w+)` \| (.+?) \|(?: |$)", _settings_part(text))
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.+?) \|(?: |$)", _settings_part(text, family))
     table = dict(rows)
     settings = create(family, name).settings()
     assert set(table) == set(settings), f"docs/methods/{name}.md: the settings are {', '.join(settings)}"
@@ -158,8 +159,10 @@ def test_every_method_has_a_card_with_its_settings_and_defaults(family: Family, 
     assert f"(methods/{name}.md)" in (DOCS / "index.md").read_text(encoding="utf-8")
 
 
-def _settings_part(text: str) -> str:
-    found = re.search(r"(?ms)^<!-- settings -->\n(.*?)^<!-- /settings -->", text)
+def _settings_part(text: str, family: str = "") -> str:
+    """The table of the family, ``<!-- settings filter -->``, on a card of two; else the only one."""
+    own = re.search(rf"(?ms)^<!-- settings {family} -->\n(.*?)^<!-- /settings -->", text)
+    found = own or re.search(r"(?ms)^<!-- settings -->\n(.*?)^<!-- /settings -->", text)
     return found[1] if found else ""
 
 
