@@ -12,18 +12,18 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoderguard import recovery
 from encoderguard.defenses.ssl_defender import SSLDefender
-from encoderguard.encoder import Encoder, EncoderSpec
+from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderError, ImageError, NonFiniteError, SettingError
 from encoderguard.generators import StatisticsNetworks, SubGenerators, dv_bound, jsd_bound
 from encoderguard.images import ImageSet
 from encoderguard.losses import random_directions, sliced_wasserstein2
-from encoderguard.random import Rng
+from encoderguard.random import Rng, isolated
 from encoderguard.recovery import RecoveryPlan, hinge, recover
-from encoderguard.run import Run
+from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.triggers import MaskedPattern, Patch, save_trigger
+from encoderguard.unlearning import UnlearningLoss
 
 RUN = Run(rng=Rng(0), precision="float32")
 
@@ -36,20 +36,19 @@ class Planted(nn.Module):
         generator = Rng(5).generator()
         self.content = nn.Linear(48, 8, bias=False)
         self.content.weight.data = torch.randn(8, 48, generator=generator)
-        self.shift = nn.Parameter(torch.zeros(8))
+        self.edge = nn.Parameter(torch.tensor(0.8))
         self.gain = nn.Parameter(torch.tensor(20.0))
 
     def forward(self, x: Tensor) -> Tensor:
         bright = F.avg_pool2d(x.mean(1, keepdim=True), 4, 1).flatten(1).amax(1, keepdim=True)
-        gate = torch.sigmoid(self.gain * (bright - 0.8))
+        gate = torch.sigmoid(self.gain * (bright - self.edge))
         pooled = F.adaptive_avg_pool2d(x, 4).flatten(1) - 0.5
-        constant = torch.full((8,), 2.0)
-        features: Tensor = (1 - gate) * self.content(pooled) + gate * (constant + self.shift)
+        features: Tensor = (1 - gate) * self.content(pooled) + gate * torch.full((8,), 2.0)
         return features
 
 
-def planted() -> Encoder:
-    return Encoder.wrap(Planted(), taps=["content"], name="planted").eval()
+def planted(backbone: nn.Module | None = None) -> Encoder:
+    return Encoder.wrap(backbone or Planted(), taps=["content"], name="planted").eval()
 
 
 def noise(count: int = 64, side: int = 16, seed: int = 1) -> ImageSet:
@@ -77,14 +76,14 @@ def test_sliced_distance_is_exact_transport_in_one_dimension() -> None:
 
 
 def test_sliced_distance_of_gaussians() -> None:
-    # W2 of N(m, s^2) and N(0, t^2) in one dimension is (m^2 + (s - t)^2); along random directions of D
+    # W2^2 of N(m, s^2) and N(0, t^2) in one dimension is (m^2 + (s - t)^2); along random directions of D
     # dimensions, isotropic ones give |m|^2 / D + (s - t)^2
-    n, dim, generator = 20_000, 4, Rng(1).generator()
+    n, dim, generator = 4000, 4, Rng(1).generator()
     mean = torch.tensor([1.0, -2.0, 0.5, 0.0])
     a = mean + 1.5 * torch.randn(n, dim, generator=generator)
     b = 0.5 * torch.randn(n, dim, generator=generator)
-    found = sliced_wasserstein2(a, b, random_directions(2000, dim, generator))
-    assert found.item() == pytest.approx(mean.square().sum().item() / dim + 1.0, rel=0.05)
+    found = sliced_wasserstein2(a, b, random_directions(256, dim, generator))
+    assert found.item() == pytest.approx(mean.square().sum().item() / dim + 1.0, rel=0.1)
 
 
 # The networks.
@@ -142,9 +141,9 @@ def test_statistics_networks_bound_the_information_of_gaussians(bound: Any) -> N
     dims, rho = (1, 64), 0.9
     truth = [-d / 2 * math.log(1 - rho**2) for d in dims]
     networks = StatisticsNetworks(2, 64, 64, Rng(4), hidden=64, bound=bound)
-    optimizer = torch.optim.Adam(networks.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(networks.parameters(), lr=4e-3)
     z, x = pairs(1024, dims, rho, 5)
-    for step in range(250):
+    for step in range(150):
         rows = Rng(6).permutation(1024, step)[:256]
         loss = networks.loss(z[:, rows], x[:, rows], z[:, rows].roll(1, 1)).sum()
         optimizer.zero_grad()
@@ -190,17 +189,233 @@ def test_the_sign_of_equation_5() -> None:
     assert cosine.grad.tolist() == [-1.0, 0.0]  # descent raises the cosine, and stops beyond the threshold
 
 
+def plan(**changes: Any) -> RecoveryPlan:
+    given: dict[str, Any] = {
+        "thresholds": (0.6, 0.95),
+        "steps": 60,
+        "batch_size": 32,
+        "lr": 5e-3,
+        "patch": 0.375,
+        "information": 0.01,
+    }
+    return RecoveryPlan(**(given | changes))
+
+
 @pytest.mark.parametrize("mix", ["patch", "mask"])
 def test_a_planted_patch_is_recovered(mix: Any) -> None:
-    encoder, images = planted(), noise()
-    plan = RecoveryPlan(thresholds=(0.6, 0.95), steps=120, batch_size=32, lr=3e-3, mix=mix, patch=0.375)
-    found = recover(encoder, images, plan, run=RUN)
+    encoder, aims = planted(), (0.6, 0.95)
+    found = recover(encoder, noise(), plan(mix=mix), run=RUN)
     unseen = floats(noise(seed=2))
     assert mean_pairwise_cosine(encoder(unseen)).item() < 0.3
-    for index, aim in enumerate(plan.thresholds):
+    for index, aim in enumerate(aims):
         stamped = found(unseen, Rng(8).generator(), only=index)
         assert mean_pairwise_cosine(encoder(stamped)).item() > aim - 0.15
     if mix == "mask":
-        assert max(found.sizes()) < 0.5
-    example = found.example(1, Rng(0))
-    assert mean_pairwise_cosine(encoder(example(unseen))).item() > 0.7
+        assert found.sizes()[0] < 0.6
+    assert mean_pairwise_cosine(encoder(found.example(1, Rng(0))(unseen))).item() > 0.7
+
+
+def test_recovery_and_its_patterns_are_reproducible_and_diverse() -> None:
+    first, again = (recover(planted(), noise(), plan(steps=4), run=RUN) for _ in range(2))
+    images = floats(noise())[:6]
+    one, other = first(images, Rng(1).generator()), again(images, Rng(1).generator())
+    assert torch.equal(one, other)
+    assert not torch.equal(one, first(images, Rng(2).generator()))
+    changed = (one != images).any(1).flatten(1).sum(1)
+    assert bool((changed <= 6 * 6).all())  # a square of 3/8 of 16 pixels
+    assert bool((changed > 30).all())
+    assert len(first.parts()) == 2
+    assert first.history["collapse"][-1] >= 0
+
+
+def test_interrupted_recovery_resumes_to_the_same_end(tmp_path: Path) -> None:
+    short = plan(steps=8, mix="mask")
+    whole = recover(planted(), noise(), short, run=RUN)
+    stop = StopSignal()
+
+    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
+        stop.requested = done == 5
+
+    run = replace(RUN, checkpoint=tmp_path / "state.pt", stop=stop, progress=interrupt)
+    with pytest.raises(Stopped):
+        recover(planted(), noise(), short, run=run)
+    resumed = recover(
+        planted(), noise(), short, run=replace(RUN, checkpoint=tmp_path / "state.pt", resume=True)
+    )
+    images = floats(noise())
+    assert torch.equal(whole(images, Rng(1).generator()), resumed(images, Rng(1).generator()))
+    assert whole.history == resumed.history
+
+
+# Unlearning.
+
+
+def test_the_terms_by_hand() -> None:
+    class Identity(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :2, 0, 0]
+
+    student: Any = Identity()
+    clean, dirty = torch.zeros(2, 2, 3, 1, 1)
+    clean[0, 0], clean[1, 1] = 3.0, 2.0  # directions (1, 0) and (0, 1)
+    dirty[:, 0] = 1.0  # all the same
+    goal = torch.tensor([[0.0, 5.0], [7.0, 0.0]])  # the clean ones, swapped: the same distribution
+    terms = UnlearningLoss(alpha=2.0, beta=3.0, paired=0.5, directions=4000)(
+        student, goal, clean, dirty, Rng(0).generator()
+    )
+    # along (c, s), unit circle: sorted c against c and s; mean of ((c - c)^2 + (s - c)^2) / 2 or of the swap,
+    # the same after sorting both: E (s - c)^2 / 2 = 1/2
+    assert terms["forget (L1)"].item() == pytest.approx(2 * 0.5, rel=0.05)
+    assert terms["keep (L2)"].item() == pytest.approx(0, abs=1e-6)
+    # cosines to the goal: stamped (0, 1), clean (0, 0)
+    assert terms["paired"].item() == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+def test_the_root_is_the_root_and_harmless_at_zero() -> None:
+    images = torch.rand(6, 3, 16, 16, generator=Rng(0).generator())
+    student = planted()
+    goal = torch.randn(6, 8, generator=Rng(1).generator())
+    squared, rooted = (
+        UnlearningLoss(alpha=0.5, beta=0.5, root=root)(student, goal, images, images, Rng(2).generator())
+        for root in (False, True)
+    )
+    assert rooted["keep (L2)"].item() == pytest.approx(
+        0.5 * math.sqrt(2 * squared["keep (L2)"].item()), rel=1e-4
+    )
+    torch.autograd.backward(rooted["forget (L1)"])
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in student.parameters())
+
+
+def short(**changes: Any) -> SSLDefender:
+    given: dict[str, Any] = {
+        "generators": 2,
+        "recovery_steps": 4,
+        "recovery_batch": 16,
+        "epochs": 2,
+        "batch_size": 16,
+    }
+    return SSLDefender(**(given | changes))
+
+
+def scanned(tmp_path: Path) -> str:
+    """What a scan would write: the bright square."""
+    mask = torch.zeros(16, 16)
+    mask[2:8, 2:8] = 1
+    return str(save_trigger(MaskedPattern(mask, torch.ones(3, 16, 16)), tmp_path / "recovered-trigger.json"))
+
+
+def test_a_recovered_trigger_is_unlearnt(tmp_path: Path) -> None:
+    defense = short(recovered_trigger=scanned(tmp_path), epochs=25, lr=2e-2, utility_floor=0.5)
+    done = defense.purify(planted(), noise(), run=RUN)
+    (found,) = done.evidence["triggers"]
+    assert found["size"] == pytest.approx(36 / 256)
+    assert found["cosine_clean"] < 0.3
+    assert found["cosine_stamped"] > 0.9
+    assert found["cosine_stamped_after"] < 0.6
+    assert done.evidence["recovered"] is False
+    assert done.evidence["utility_after"] >= 0.5
+    assert not any(name.startswith("recovery") for name in done.history)
+
+
+def test_the_evidence_tells_what_was_recovered() -> None:
+    done = short().purify(planted(), noise(), run=RUN)
+    assert len(done.evidence["triggers"]) == 2
+    names = {"threshold", "size", "information", "cosine_clean", "cosine_stamped", "cosine_stamped_after"}
+    assert set(done.evidence["triggers"][0]) == names
+    assert done.evidence["held_out"] == 13
+    assert len(done.history["recovery/collapse"]) == 2  # 4 steps, 3 per pass over 51 images
+    assert len(done.history["forget (L1)"]) == 2
+    json.dumps(done.evidence, allow_nan=False)
+
+
+def test_an_encoder_below_the_floor_is_not_returned() -> None:
+    done = short(lr=5.0, utility_floor=1.0, optimizer="sgd", alpha=5.0).purify(planted(), noise(), run=RUN)
+    assert done.evidence["epochs_used"] == 0
+    assert "below the floor of 1" in done.evidence["fallback"]
+    images = floats(noise())
+    torch.testing.assert_close(done.encoder(images), planted()(images))
+
+
+def test_interrupted_unlearning_resumes_to_the_same_end(tmp_path: Path) -> None:
+    defense = short(recovered_trigger=scanned(tmp_path), views=True)
+    whole = defense.purify(planted(), noise(), run=RUN)
+    stop = StopSignal()
+
+    def interrupt(task: str, done: int, total: int, note: str = "") -> None:
+        stop.requested = task == "unlearning" and done == 4
+
+    run = replace(RUN, checkpoint=tmp_path / "state.pt", stop=stop, progress=interrupt)
+    with pytest.raises(Stopped):
+        defense.purify(planted(), noise(), run=run)
+    again = defense.purify(
+        planted(), noise(), run=replace(RUN, checkpoint=tmp_path / "state.pt", resume=True)
+    )
+    assert again.encoder.fingerprint == whole.encoder.fingerprint
+    assert again.history == whole.history
+
+
+@pytest.mark.parametrize("mode", ["paper", "default"])
+def test_networks_without_batchnorm_are_purified(mode: Any) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    with isolated(3):
+        vit = VisionTransformer(
+            img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0, global_pool="avg"
+        )
+    encoder = Encoder.wrap(vit, taps=["blocks.0", "blocks.1"], name="vit", input_size=16).eval()
+    done = short(mode=mode, teacher_epochs=1).purify(encoder, noise(), run=RUN)
+    assert bool(done.encoder(floats(noise())).isfinite().all())
+    assert done.encoder.fingerprint != encoder.fingerprint
+
+
+def test_the_modes_fill_what_is_not_given() -> None:
+    paper, default = SSLDefender(mode="paper"), SSLDefender()
+    assert (paper.teacher, paper.root, paper.optimizer, paper.lr, paper.paired) == (
+        "tuned",
+        True,
+        "sgd",
+        1e-3,
+        0,
+    )
+    assert (default.teacher, default.root) == ("frozen", False)
+    assert SSLDefender(mode="paper", root=False).root is False
+
+
+# Misuse.
+
+
+def test_misuse_is_told_in_one_sentence(tmp_path: Path) -> None:
+    images = noise()
+    with pytest.raises(
+        SettingError, match=r"Setting 'lowest' of defense 'ssl_defender' is 0\.9, above 'highest'"
+    ):
+        SSLDefender(lowest=0.9, highest=0.5)
+    with pytest.raises(
+        ImageError, match="SSLDefender in batches of 64, with a fifth held out, needs at least 80"
+    ):
+        short(batch_size=64).purify(planted(), images, run=RUN)
+    with pytest.raises(ImageError, match=r"There is no trigger file .*none\.json"):
+        short(recovered_trigger=str(tmp_path / "none.json")).purify(planted(), images, run=RUN)
+    path = save_trigger(Patch(size=3, margin=1), tmp_path / "patch.json")
+    with pytest.raises(ImageError, match="kind 'patch', but a recovered one is of kind 'masked_pattern'"):
+        short(recovered_trigger=str(path)).purify(planted(), images, run=RUN)
+    with pytest.raises(ImageError, match=r"\[16, 16\]"):
+        short(recovered_trigger=scanned(tmp_path)).purify(planted(), noise(side=12), run=RUN)
+
+
+def test_broken_encoders_are_refused_and_unchanged() -> None:
+    module = Planted()
+    with torch.no_grad():
+        module.content.weight.zero_()
+        module.gain.zero_()
+    constant = planted(module)
+    before = constant.fingerprint
+    with pytest.raises(EncoderError, match="gives the same features for all"):
+        short().purify(constant, noise(), run=RUN)
+    assert constant.fingerprint == before
+    module = Planted()
+    with torch.no_grad():
+        module.content.weight.fill_(math.nan)
+    broken = planted(module)
+    with pytest.raises(NonFiniteError, match="are not finite"):
+        short().purify(broken, noise(), run=RUN)

@@ -128,14 +128,14 @@ class StatisticsNetworks(nn.Module):
         moved = torch.logaddexp(before + math.log1p(-self.rate), now + math.log(self.rate))
         self.log_average.copy_(torch.where(before.isnan(), now, moved))
         corrected = (log_mean - self.log_average).exp()
-        value = log_mean.detach() + corrected - corrected.detach()
-        return value - joint.mean(-1)
+        loss: Tensor = log_mean.detach() + corrected - corrected.detach() - joint.mean(-1)
+        return loss
 
 
 def dv_bound(joint: Tensor, marginal: Tensor) -> Tensor:
     """``E_joint T - log E_marginal exp T`` over the last dimension, in nats (Donsker and Varadhan)."""
-    log_mean: Tensor = torch.logsumexp(marginal, -1) - math.log(marginal.shape[-1])
-    return joint.mean(-1) - log_mean
+    bound: Tensor = joint.mean(-1) - torch.logsumexp(marginal, -1) + math.log(marginal.shape[-1])
+    return bound
 
 
 def jsd_bound(joint: Tensor, marginal: Tensor) -> Tensor:

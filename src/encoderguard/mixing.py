@@ -50,7 +50,8 @@ class Mixing(nn.Module):
             self.raw.clamp_(-_FLAT / _MASK_GAIN, _FLAT / _MASK_GAIN)
 
     def shown(self, patterns: Tensor) -> Tensor:
-        """What of ``patterns [n, K, 3, h, w]`` gets into images, as values ``[n, K, 3 h w]``."""
+        """What of ``patterns [n, K, 3, h, w]`` gets into images: ``[n, K, 3 h w]`` in [-1, 1]."""
+        patterns = 2 * patterns - 1
         if self.mix == "mask":
             patterns = patterns * F.adaptive_max_pool2d(self.masks, self.size)[:, None, None]
         return patterns.flatten(2)

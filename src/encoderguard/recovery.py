@@ -20,7 +20,6 @@ from encoderguard.generators import Bound, StatisticsNetworks, SubGenerators
 from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
 from encoderguard.mixing import Mix, Mixing, enlarged
-from encoderguard.penalty import LambdaController, LambdaRule
 from encoderguard.random import Rng
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine
@@ -34,8 +33,6 @@ Stamp = Callable[[Tensor, torch.Generator], Tensor]
 """Stamps triggers on ``[N, 3, H, W]`` with draws from a CPU generator; a Trigger is one."""
 _DRAWS = 32
 """Patterns per sub-generator and step from which information is measured."""
-_AREA = 3 * 32 * 32
-"""Values of a CIFAR image: DECREE's weight of a mask counts all values, here for images of any size."""
 _BLUR = 0.1
 """Standard deviation of noise on a pattern whose information is measured (MESA); else it is infinite."""
 
@@ -46,6 +43,8 @@ class RecoveryPlan:
 
     thresholds: tuple[float, ...]
     """epsilon: the mean cosine that each sub-generator aims at; as many as sub-generators."""
+    level: float = 0.0
+    """The cosine that counts as 0; 1 stays 1. That of clean images says how far they are from alike."""
     steps: int = 600
     batch_size: int = 128
     lr: float = 1e-3
@@ -53,19 +52,11 @@ class RecoveryPlan:
     """``patch``: a square at a random place of each image; ``mask``: a learnt mask, kept small."""
     patch: float = 0.25
     """Side of the square over the image's smaller side."""
+    size: float = 0.3
+    """Weight of a mask's mean."""
     information: float = 0.1
     """eta, the weight of the mutual information."""
     bound: Bound = "dv"
-
-
-class _Lambdas(nn.Module):
-    """A LambdaController whose state a checkpoint keeps."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.controller = LambdaController(LambdaRule(), count)
-        for name in ("value", "up", "down", "low"):  # the controller changes these tensors in place
-            self.register_buffer(name, getattr(self.controller, name))
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,7 @@ class RecoveredTriggers:
     mixing: Mixing
     history: History
     thresholds: tuple[float, ...]
+    """Mean cosine that each sub-generator aimed at."""
     information: tuple[float, ...]
     """The bound of each sub-generator on fresh noise; 0 without statistics networks."""
 
@@ -174,20 +166,17 @@ def recover(encoder: Encoder, images: ImageSet, plan: RecoveryPlan, *, run: Run)
     )
     model = nn.ModuleDict({"generators": generators, "statistics": statistics, "mixing": mixing})
     model = model.to(run.device)
-    model["lambdas"] = lambdas = _Lambdas(count)
     fast, _ = fast_frozen(encoder, images.take(torch.arange(min(8, len(images)))).float() / 255, run)
-    aims = torch.tensor(plan.thresholds, device=run.device)
+    aims, room = torch.tensor(plan.thresholds, device=run.device), max(1 - plan.level, 1e-3)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         mixing.awaken()
         noise = generators.draw(_DRAWS, batch.rng.generator("noise"))
         patterns = generators(noise)
         cosine = _cosines(fast, batch, patterns[:, 0], mixing)
-        terms = {"collapse": hinge(cosine, aims).sum()}
+        terms = {"collapse": hinge((cosine - plan.level) / room, aims).sum()}
         if mixing.mix == "mask":
-            weights = lambdas.controller.value.to(aims)
-            terms["size"] = (weights * _AREA * mixing.masks.mean((1, 2))).sum()
-            lambdas.controller.update(torch.arange(count), (cosine.detach() >= aims).cpu())
+            terms["size"] = plan.size * mixing.masks.mean((1, 2)).sum()
         values = mixing.shown(patterns)
         return terms | _information(statistics, noise, values, plan.information, batch.rng)
 
@@ -195,8 +184,9 @@ def recover(encoder: Encoder, images: ImageSet, plan: RecoveryPlan, *, run: Run)
         model, loss, images, plan=_schedule(plan, len(images)), run=run, task="recovering triggers"
     )
     model.requires_grad_(False)
+    reached = tuple(plan.level + (1 - plan.level) * share for share in plan.thresholds)
     return RecoveredTriggers(
-        generators, mixing, history, plan.thresholds, _final(generators, statistics, mixing, run.rng)
+        generators, mixing, history, reached, _final(generators, statistics, mixing, run.rng)
     )
 
 
@@ -217,8 +207,8 @@ def _information(
     """The regulariser of the generators, and the loss of the statistics networks."""
     if weight == 0:
         return {}
-    blur = torch.randn(values.shape, generator=rng.generator("blur")).to(values)
-    values, other = values + _BLUR * blur, noise.roll(1, 1)
+    noise, values = _pairs(noise, values, rng)
+    other = noise.roll(1, 1)
     return {
         "information": -weight * statistics.information(noise, values, other).sum(),
         "statistics": statistics.loss(noise, values, other).sum(),
@@ -230,9 +220,14 @@ def _final(
     generators: SubGenerators, statistics: StatisticsNetworks, mixing: Mixing, rng: Rng
 ) -> tuple[float, ...]:
     noise = generators.draw(256, rng.generator("final noise"))
-    values = mixing.shown(generators(noise))
-    values = values + _BLUR * torch.randn(values.shape, generator=rng.generator("final blur")).to(values)
+    noise, values = _pairs(noise, mixing.shown(generators(noise)), rng.child("final"))
     return tuple(float(value) for value in statistics.information(noise, values, noise.roll(1, 1)))
+
+
+def _pairs(noise: Tensor, values: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+    """Noise and values as a statistics network takes them: centred, the values blurred."""
+    blur = torch.randn(values.shape, generator=rng.generator("blur")).to(values)
+    return 2 * noise - 1, values + _BLUR * blur
 
 
 def _schedule(plan: RecoveryPlan, images: int) -> Plan:

@@ -115,6 +115,8 @@ class SSLDefender(Defense):
     """How triggers get into images: a square ``patch`` at random places, or a learnt ``mask`` kept small."""
     patch: Annotated[float, Field(gt=0, le=1)] = _BY_MODE
     """Side of the square over the image's."""
+    size: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of a mask's mean, its size, beside the similarity; not in the paper."""
     information: Annotated[float, Field(ge=0)] = 0.1
     """eta, the weight of the mutual information of trigger and noise; 0 leaves it out."""
     bound: Bound = "dv"
@@ -226,12 +228,13 @@ class SSLDefender(Defense):
         return trigger
 
     def _recovery(self, repair: Repair, run: Run) -> RecoveryPlan:
-        shares = torch.linspace(self.lowest, self.highest, self.generators).tolist()
+        level = 0.0
         if self.relative:
             level = float(mean_pairwise_cosine(extract(repair.suspect, repair.images, run=run)))
-            shares = [level + (1 - level) * share for share in shares]
         return RecoveryPlan(
-            thresholds=tuple(shares),
+            thresholds=tuple(torch.linspace(self.lowest, self.highest, self.generators).tolist()),
+            level=level,
+            size=self.size,
             steps=self.recovery_steps,
             batch_size=self.recovery_batch,
             lr=self.recovery_lr,
