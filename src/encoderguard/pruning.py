@@ -122,7 +122,7 @@ def channel_activations(
 
     def watch(channels: Tensor) -> Tensor:
         rows = (channels.movedim(1, -1) if layer.channels_first else channels).flatten(0, -2).float()
-        seen.append(rows.amax(0) if reduction == "max" else rows.mean(0).double() * len(channels))
+        seen.append(rows.amax(0) if reduction == "max" else rows.mean(0).cpu().double() * len(channels))
         return channels
 
     with edited(probe, layer, watch):

@@ -74,9 +74,10 @@ class Kept(nn.Module):
         super().__init__()
         self.encoder = start.frozen()
         self.register_buffer("epochs", torch.tensor(0))
-        self.register_buffer("utility", torch.tensor(utility, dtype=torch.float64))
+        self.register_buffer("utility", torch.tensor(utility))
 
     def keep(self, encoder: Encoder, epochs: int, utility: float) -> None:
+        """Take over the weights that ``encoder`` has after so many epochs."""
         self.encoder.load_state_dict(encoder.state_dict())
         self.epochs.fill_(epochs)
         self.utility.fill_(utility)
@@ -145,7 +146,7 @@ def tune(
     epochs = int(kept.epochs)
     if history and epochs < len(history["utility"]):
         reason = (
-            f"{task.capitalize()} took the utility to {history['utility'][-1]:.2f}, below the floor of "
+            f"{task.capitalize()} took the utility to {history['utility'][-1]:.3f}, below the floor of "
             f"{gate.floor:g}, after {len(history['utility'])} of {plan.epochs} epochs"
         )
     result = kept.encoder.eval().requires_grad_(True)

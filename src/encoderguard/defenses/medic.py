@@ -193,11 +193,11 @@ def _deviations(teacher: Encoder, images: ImageSet, run: Run) -> list[Tensor]:
         run.check_stop()
         with torch.no_grad(), run.autocast():
             _, outputs = _outputs(teacher, SIMCLR(batch.to(run.device), generator))
-        rows = [values.movedim(1, -1).flatten(0, -2).double() for values in _maps(teacher, outputs)]
-        found = [torch.stack([values.sum(0), values.square().sum(0)]) for values in rows]
+        rows = [values.movedim(1, -1).flatten(0, -2).float() for values in _maps(teacher, outputs)]
+        found = [torch.stack([values.sum(0), values.square().sum(0)]).cpu().double() for values in rows]
         sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
         places = [old + len(new) for old, new in zip(places or [0] * len(rows), rows, strict=True)]
-    return [_deviation(total / count) for total, count in zip(sums, places, strict=True)]
+    return [_deviation(total / count).to(run.device) for total, count in zip(sums, places, strict=True)]
 
 
 def _deviation(moments: Tensor) -> Tensor:
