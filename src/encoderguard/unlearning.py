@@ -80,12 +80,12 @@ class UnlearningLoss:
         both = F.normalize(student(torch.cat([images, stamped])), dim=1)
         clean, dirty = both.chunk(2)
         goal = F.normalize(goal, dim=1)
-        directions = random_directions(self.directions, goal.shape[1], generator)
-        # clean features are the aim, else they would move towards those of the trigger
-        terms = {
-            "forget (L1)": self.alpha * self._distance(dirty, clean.detach(), directions),
-            "keep (L2)": self.beta * self._distance(clean, goal, directions),
-        }
+        terms = dict[str, Tensor]()
+        if self.alpha > 0 or self.beta > 0:
+            directions = random_directions(self.directions, goal.shape[1], generator)
+            # clean features are the aim, else they would move towards those of the trigger
+            terms["forget (L1)"] = self.alpha * self._distance(dirty, clean.detach(), directions)
+            terms["keep (L2)"] = self.beta * self._distance(clean, goal, directions)
         if self.paired > 0:
             terms["paired"] = self.paired * (cosine_distance(dirty, goal) + cosine_distance(clean, goal))
         return terms
