@@ -1,9 +1,9 @@
 """Builds a zoo: every cell of a recipe once, in order of what needs what, whatever happens on the way."""
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from encoderguard.errors import EncoderGuardError, ImageError, OutputError, SettingError
@@ -54,7 +54,7 @@ def build_zoo(
     prepare_folder(site.zoo)
     prepare_folder(site.build)
     with _alone(site.build), one_thread():
-        builder = _Builder(recipe, site, cells, tell)
+        builder = _Builder(recipe, site, cells, jobs, tell)
         if jobs == 1:
             builder.alone({"progress": progress, "stop": stop}, stop)
         else:
@@ -66,12 +66,15 @@ def build_zoo(
 class _Builder:
     """Keeps account of what is done."""
 
-    def __init__(self, recipe: ZooRecipe, site: Site, cells: list[Cell], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, recipe: ZooRecipe, site: Site, cells: list[Cell], jobs: int, tell: Callable[[str], None]
+    ) -> None:
         self.recipe, self.site, self.cells, self.tell = recipe, site, cells, tell
         self.done: dict[str, Entry] = {}
         self._before = _known(site.zoo)
         self._weights = {cell.name: cost(cell) for cell in cells}
-        self._began, self._worked = time.monotonic(), 0.0
+        self._began, self._jobs = datetime.now(UTC), jobs
+        self._seconds, self._worked = 0.0, 0.0
 
     def alone(self, options: JobOptions, stop: StopSignal) -> None:
         """One cell after the other in this process."""
@@ -84,11 +87,13 @@ class _Builder:
     def together(self, crew: Crew, stop: StopSignal) -> None:
         """Several at once; a cell starts when its clean encoder is there."""
         waiting, named = list(self.cells), {cell.name: cell for cell in self.cells}
+        looked: set[str] = set()
         while waiting or crew.busy:
             if stop.requested:
                 raise Stopped
             for cell in [cell for cell in waiting if cell.clean is None or cell.clean in self.done]:
-                entry = self._without_work(cell)
+                entry = None if cell.name in looked else self._without_work(cell)
+                looked.add(cell.name)
                 if entry is not None:
                     self._account(cell, entry, worked=False)
                 elif crew.full:
@@ -118,25 +123,30 @@ class _Builder:
 
     def _account(self, cell: Cell, entry: Entry, *, worked: bool) -> None:
         self.done[cell.name] = entry
-        self._worked += self._weights[cell.name] if worked else 0.0
+        state = "kept"
+        if worked and entry.status == "built":
+            seconds = (entry.run["training_seconds"] or 0.0) + (entry.run["evaluation_seconds"] or 0.0)
+            here = datetime.fromisoformat(entry.run["created"]) >= self._began.replace(microsecond=0)
+            state = _duration(seconds) if here else "trained before, measured now"
+            if here:
+                self._seconds, self._worked = self._seconds + seconds, self._worked + self._weights[cell.name]
         self.write()
         number = f"[{len(self.done)}/{len(self.cells)}]"
-        self.tell(f"{number} {_described(entry, worked)}{self._left()}")
+        self.tell(f"{number} {_described(entry, state)}{self._left()}")
 
     def _left(self) -> str:
         rest = sum(weight for name, weight in self._weights.items() if name not in self.done)
         if not rest or not self._worked:
             return ""
-        return f"; about {_duration((time.monotonic() - self._began) / self._worked * rest)} left"
+        return f"; about {_duration(self._seconds / self._worked * rest / self._jobs)} left"
 
 
-def _described(entry: Entry, worked: bool) -> str:
+def _described(entry: Entry, state: str) -> str:
     if entry.status == "failed":
         return f"{entry.name} failed: {str(entry.error).rstrip('.')}"
     numbers = [("ACC", entry.acc), ("ASR", entry.asr), ("clean ASR", entry.clean_asr)]
     shown = ", ".join(f"{name} {value:.1%}" for name, value in numbers if value is not None)
-    seconds = (entry.run.get("training_seconds") or 0) + (entry.run.get("evaluation_seconds") or 0)
-    return f"{entry.name}: {shown} ({_duration(seconds) if worked else 'kept'})"
+    return f"{entry.name}: {shown} ({state})"
 
 
 def _duration(seconds: float) -> str:
