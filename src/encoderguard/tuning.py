@@ -154,7 +154,7 @@ def tune(
         encoder=result,
         history=history,
         epochs=epochs,
-        utility=float(kept.utility),
+        utility=round(float(kept.utility), 6),
         fallback=None if reason is None else f"{reason.rstrip('.')}; {_returned(epochs)}",
     )
 
