@@ -9,6 +9,7 @@ import typer
 
 from encoderguard.cli import commands
 from encoderguard.cli.bench import bench, scan_fleet
+from encoderguard.cli.filtering import filter_images
 from encoderguard.cli.running import STOPPED, guarded, say
 from encoderguard.cli.story import demo
 from encoderguard.cli.zoo import zoo
@@ -34,6 +35,7 @@ for job in (
     demo,
 ):
     app.command()(job)
+app.command("filter")(filter_images)
 app.add_typer(bench, name="bench")
 app.command("scan-fleet")(scan_fleet)
 app.add_typer(zoo, name="zoo")

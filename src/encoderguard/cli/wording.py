@@ -18,6 +18,8 @@ def describe(record: Record) -> str:
         where = Path(record.folder)
         lines += [f"Encoder: {where / name}" for name in record.outputs if name == "encoder.safetensors"]
         lines += [f"Images: {where / name}" for name in record.outputs if name == "poisoned.npz"]
+        lines += [f"Ranking: {where / name}" for name in record.outputs if name == "ranking.json"]
+        lines += [f"Kept: {where / name}" for name in record.outputs if name == "kept.json"]
         lines += [f"Trigger: {where / name}" for name in record.outputs if name.endswith("trigger.json")]
         lines += [f"Report: {where / record.report}"] if record.report else []
     return "\n".join(line for line in lines if line)

@@ -1,16 +1,19 @@
 """The jobs that the command line and Python code call; each returns its record and what it made."""
 
 from encoderguard.jobs.defending import PURIFY_IMAGES, SCAN_IMAGES, PurifyResult, ScanResult, purify, scan
+from encoderguard.jobs.filtering import FILTER_TOP, FilterResult, filter_images
 from encoderguard.jobs.judging import EvaluateResult, evaluate
 from encoderguard.jobs.options import JobOptions
 from encoderguard.jobs.poisoning import PoisonResult, poison
 from encoderguard.jobs.training import AttackResult, PretrainResult, attack, pretrain
 
 __all__ = [
+    "FILTER_TOP",
     "PURIFY_IMAGES",
     "SCAN_IMAGES",
     "AttackResult",
     "EvaluateResult",
+    "FilterResult",
     "JobOptions",
     "PoisonResult",
     "PretrainResult",
@@ -18,6 +21,7 @@ __all__ = [
     "ScanResult",
     "attack",
     "evaluate",
+    "filter_images",
     "poison",
     "pretrain",
     "purify",

@@ -11,13 +11,26 @@ from encoderguard.errors import EncoderGuardError, OutputError, SettingError, Us
 from encoderguard.results import RESULT, Record, read_record, write_record
 from encoderguard.storage import prepare_folder, write_text
 
-__all__ = ["ARRAYS", "ENCODER", "HEAD", "MANIFEST", "POISONED", "RECOVERED", "REPORT", "TRIGGER", "RunFolder"]
+__all__ = [
+    "ARRAYS",
+    "ENCODER",
+    "HEAD",
+    "KEPT",
+    "MANIFEST",
+    "POISONED",
+    "RANKING",
+    "RECOVERED",
+    "REPORT",
+    "TRIGGER",
+    "RunFolder",
+]
 
 ENCODER, TRIGGER, RECOVERED = "encoder.safetensors", "trigger.json", "recovered-trigger.json"
 POISONED, MANIFEST = "poisoned.npz", "manifest.json"
+RANKING, KEPT = "ranking.json", "kept.json"
 HEAD = "head.safetensors"
 ARRAYS, REPORT = "arrays.npz", "report.html"
-_FILES = (ENCODER, HEAD, TRIGGER, RECOVERED, POISONED, MANIFEST, ARRAYS, REPORT, RESULT)
+_FILES = (ENCODER, HEAD, TRIGGER, RECOVERED, POISONED, MANIFEST, RANKING, KEPT, ARRAYS, REPORT, RESULT)
 _IDENTITY = "resume.json"
 
 

@@ -92,6 +92,7 @@ def summary(record: Mapping[str, Any]) -> str:
         "evaluate": _evaluate,
         "attack": _attack,
         "poison": _poison,
+        "filter": _filter,
         "pretrain": _pretrain,
     }
     writer = writers.get(text(record.get("job")))
@@ -206,6 +207,22 @@ def _poison(record: Mapping[str, Any]) -> list[str]:
         if achieved is None or whole is None
         else f"The poisons are {percent(achieved)} of {count(int(whole), 'picture')} of {of}.",
         "An encoder trained on this set may carry a backdoor; whether it does shows in an evaluation.",
+    ]
+
+
+def _filter(record: Mapping[str, Any]) -> list[str]:
+    top, kept = number(record.get("top")), number(record.get("kept"))
+    amounts = (
+        ""
+        if top is None or kept is None
+        else f"Dropped: {count(int(top), 'picture')} it suspects most; {count(int(kept), 'picture')} remain."
+    )
+    return [
+        f"{method_name(record) or 'The filter'} ranked {_image_count(record)} by how likely they are poison, "
+        "without labels.",
+        amounts,
+        "A rank is an indication, not a proof: a ranking has a first place also where no picture is poison. "
+        "Look at the pictures below.",
     ]
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "DemoRecord",
     "EncoderFacts",
     "EvaluateRecord",
+    "FilterRecord",
     "ImageFacts",
     "PoisonRecord",
     "PretrainRecord",
@@ -196,6 +197,19 @@ class PurifyRecord(Record):
     history: Curves = {}
 
 
+class FilterRecord(Record):
+    """A training set ranked by suspicion. ``images`` is the whole set, ``encoder`` was trained on it."""
+
+    job: Literal["filter"] = "filter"
+    top: int | None = None
+    """Images that are dropped: the most suspicious ones."""
+    kept: int | None = None
+    """Images that remain."""
+    most_suspicious: list[int] = []
+    """Indices of the first of them, most suspicious first; ``ranking.json`` has all."""
+    evidence: Values = {}
+
+
 class EvaluateRecord(Record):
     """ACC and ASR of an encoder downstream. ``images`` are those the probe was trained on."""
 
@@ -250,6 +264,7 @@ RECORDS: dict[str, type[Record]] = {
     "attack": AttackRecord,
     "demo": DemoRecord,
     "evaluate": EvaluateRecord,
+    "filter": FilterRecord,
     "poison": PoisonRecord,
     "pretrain": PretrainRecord,
     "purify": PurifyRecord,
