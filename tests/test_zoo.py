@@ -556,7 +556,9 @@ def test_a_build_killed_twenty_times_gives_the_same_zoo(finished: Path, tmp_path
     recipe_file(tmp_path, longer)
     recipe_file(whole, longer)
     began = time.monotonic()
-    assert _process(whole).wait(timeout=600) == 0
+    process = _process(whole)
+    process.communicate(timeout=600)
+    assert process.returncode == 0
     length = time.monotonic() - began
     moments = random.Random(int(workers))
     for _ in range(20):
