@@ -15,7 +15,7 @@ from encoderguard.errors import ImageError
 from encoderguard.images import ImageSet
 from encoderguard.registry import Family, Method
 from encoderguard.run import Run
-from encoderguard.triggers import MaskedPattern, Trigger
+from encoderguard.triggers import Trigger
 
 __all__ = [
     "DataPoisoning",
@@ -88,8 +88,10 @@ class Detection:
     verdict: Verdict
     score: float
     threshold: float
-    trigger: MaskedPattern | None = None
+    trigger: Trigger | None = None
     """The recovered trigger, if the detector recovers one."""
+    triggers: dict[str, Trigger] = field(default_factory=dict)
+    """All that it recovered, by family of triggers, if it looks for several."""
     p_value: float | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     """JSON values only; what a reader needs to judge the verdict."""

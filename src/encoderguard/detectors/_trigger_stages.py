@@ -2,85 +2,22 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
 
 from encoderguard.collapse import Collapse, Stamp
-from encoderguard.detectors._trigger_rays import REFINED, parametrisation, random_ray, ray_of
+from encoderguard.detectors._trigger_found import Budget, FamilyResult, Found
+from encoderguard.detectors._trigger_rays import REFINED, elsewhere, parametrisation, random_ray, ray_of
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
-from encoderguard.nulls import fisher
 from encoderguard.rays import FAMILIES, LEVELS, Ray, TriggerFamily
 from encoderguard.refinement import RefinePlan, refine
 from encoderguard.run import Run
-from encoderguard.triggers import Trigger
 
-__all__ = ["Budget", "FamilyResult", "Found", "search"]
+__all__ = ["search"]
 
 _FEW = 32
 """Images of the first look at the whole bank."""
 _NEIGHBOUR_STEPS = 8
 """Steps at each further level, from the trigger found at the level before."""
-_SHARES = {"bank": 0.35, "refine": 0.7, "levels": 0.9}
-"""Of the time budget: when each stage has to be done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much to search."""
-
-    keep: int
-    """Candidates per family that are tried at every level, and refined."""
-    starts: int
-    """Starts of each refinement; those beyond ``keep`` are random."""
-    steps: int
-    """Steps of each refinement; 0 refines nothing."""
-    seconds: float | None
-    """Time for one encoder."""
-
-    def deadline(self, begun: float, stage: str) -> float:
-        """Of ``time.monotonic``."""
-        return float("inf") if self.seconds is None else begun + _SHARES[stage] * self.seconds
-
-
-@dataclass(kw_only=True)
-class FamilyResult:
-    """What one family gave."""
-
-    bank: list[float] = field(default_factory=list)
-    """Collapse under each candidate at the bank's own strength, on a few images."""
-    rays: list[Ray] = field(default_factory=list)
-    """The best candidates, later with refined ones."""
-    best: dict[float, tuple[float, Trigger]] = field(default_factory=dict)
-    """Per level: collapse on the images searched with, and the trigger."""
-    curve: list[float] = field(default_factory=list)
-    """Collapse on held-out images at each level, or at a weaker one if that gave more."""
-    measured: list[float] = field(default_factory=list)
-    """The same without the last clause."""
-
-    @property
-    def statistic(self) -> float:
-        """The mean of the curve in Fisher's z: large if weak triggers already collapse the features.
-
-        The scale keeps the difference between .98 and .999, which a mean of cosines would lose.
-        """
-        return fmean(map(fisher, self.curve))
-
-    def offer(self, level: float, value: float, trigger: Trigger) -> None:
-        """Keep the better of what is known and what is offered."""
-        if level not in self.best or value > self.best[level][0]:
-            self.best[level] = (value, trigger)
-
-
-@dataclass(kw_only=True)
-class Found:
-    """What the search found on one encoder."""
-
-    families: dict[TriggerFamily, FamilyResult]
-    seconds: dict[str, float]
-    images_passed: int
-    complete: bool
-    """False if the time budget ended a stage early."""
 
 
 def search(
@@ -157,12 +94,23 @@ class _Search:
         values = self.collapse.of([_made(ray) for ray in queue], count=_FEW, deadline=deadline)
         self.complete &= len(values) == len(queue)
         for family, result in self.results.items():
-            own = [(value, k) for k, value in enumerate(values) if queue[k].family == family]
-            result.bank = [value for value, _ in own]
-            best = sorted(own, key=lambda pair: (-pair[0], pair[1]))[: self.budget.keep]
-            result.rays = [queue[k] for _, k in best]
+            pairs = [(ray, value) for ray, value in zip(queue, values, strict=False) if ray.family == family]
+            result.bank = [value for _, value in pairs]
+            pairs += self._elsewhere(_ranked(pairs), deadline) if family == "patch" else []
+            result.rays = _ranked(pairs)[: self.budget.keep]
+            result.label = result.rays[0].label
             self._try_levels(family, result.rays)
         self._tell(1)
+
+    def _elsewhere(self, best: list[Ray], deadline: float) -> list[tuple[Ray, float]]:
+        """The best patches at other places: a backdoor may listen to one place only."""
+        textures = dict[str, Ray]()
+        for ray in best:
+            textures.setdefault(ray.label, ray)
+        chosen = list(textures.values())[: 2 * self.budget.keep]
+        moved = [ray for texture in chosen for ray in elsewhere(texture, self.shape)]
+        values = self.collapse.of([_made(ray) for ray in moved], count=_FEW, deadline=deadline)
+        return list(zip(moved, values, strict=False))
 
     def _at(self, place: int) -> list[Ray]:
         return [rays[place] for rays in self.rays.values() if place < len(rays)]
@@ -179,7 +127,11 @@ class _Search:
         plan = RefinePlan(steps=self.budget.steps)
         for place, (family, at) in enumerate(self._refined()):
             left = (deadline - time.monotonic()) / (len(self._refined()) - place)
+            if left < 0:
+                self.complete = False
+                break
             self._refine_at(family, LEVELS[family][at], self._starts(family), plan, left)
+        self.complete &= time.monotonic() < deadline
         self._tell(2)
 
     def _refined(self) -> list[tuple[TriggerFamily, int]]:
@@ -240,6 +192,11 @@ class _Search:
         tops = (max((v for v, _ in result.best.values()), default=0.0) for result in self.results.values())
         note = ", ".join(f"{family} {top:.2f}" for family, top in zip(self.results, tops, strict=True))
         self.run.progress(f"search {self.name}", done, 3, note)
+
+
+def _ranked(pairs: list[tuple[Ray, float]]) -> list[Ray]:
+    """The largest value first; of equal ones the earlier."""
+    return [ray for ray, _ in sorted(pairs, key=lambda pair: -pair[1])]
 
 
 def _made(ray: Ray) -> Stamp:

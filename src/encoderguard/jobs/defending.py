@@ -11,9 +11,10 @@ from encoderguard.fidelity import label_free_fidelity
 from encoderguard.images import ImageSet
 from encoderguard.jobs.facts import encoder_facts
 from encoderguard.jobs.folder import ARRAYS, ENCODER, RECOVERED
+from encoderguard.jobs.found import found_arrays
 from encoderguard.jobs.job import Job
 from encoderguard.jobs.options import JobOptions
-from encoderguard.jobs.pictures import embeddings, examples, recovered, write_arrays
+from encoderguard.jobs.pictures import embeddings, examples, write_arrays
 from encoderguard.methods import Defense, Detection, Detector, Purified
 from encoderguard.results import PurifyRecord, ScanRecord
 from encoderguard.run import Run
@@ -78,7 +79,7 @@ def scan(
             found = chosen.detect(suspect, used, run=run)
         if found.trigger is not None:
             job.output(RECOVERED, partial(save_trigger, found.trigger))
-        arrays = examples(used, found.trigger) | recovered(found.trigger)
+        arrays = examples(used, found.trigger) | found_arrays(used, found)
         arrays |= embeddings({"embedding": suspect}, used, run=run, trigger=found.trigger)
         job.output(ARRAYS, partial(write_arrays, arrays))
         record = job.finish(

@@ -14,9 +14,9 @@ from encoderguard.images import ImageSet
 from encoderguard.methods import Poisoned, Reference
 from encoderguard.run import Run
 from encoderguard.storage import write_atomic
-from encoderguard.triggers import MaskedPattern, Trigger
+from encoderguard.triggers import Trigger
 
-__all__ = ["Arrays", "embeddings", "examples", "planar", "poisons", "recovered", "write_arrays"]
+__all__ = ["Arrays", "as_pictures", "embeddings", "examples", "planar", "poisons", "write_arrays"]
 
 Arrays = dict[str, NDArray[np.generic]]
 _PICTURES = 8
@@ -33,12 +33,14 @@ def examples(
         ImageError: the trigger does not fit the images.
     """
     pixels = images.take(torch.arange(min(_PICTURES, len(images))))
-    found = {"images": _hwc(pixels)}
+    found = {"images": as_pictures(pixels)}
     if trigger is not None:
-        found["stamped"] = _hwc((trigger(pixels.float() / 255) * 255).round().clamp(0, 255).byte())
+        found["stamped"] = as_pictures((trigger(pixels.float() / 255) * 255).round().clamp(0, 255).byte())
     sides = {reference.image.shape for reference in references}
     if len(sides) == 1:
-        found["reference"] = _hwc(torch.stack([reference.image for reference in references[:_PICTURES]]))
+        found["reference"] = as_pictures(
+            torch.stack([reference.image for reference in references[:_PICTURES]])
+        )
     return found
 
 
@@ -49,21 +51,9 @@ def poisons(clean: ImageSet, poisoned: Poisoned) -> Arrays:
     """
     canvases = poisoned.images.canvases
     if canvases is not None:
-        return examples(clean, poisoned.trigger) | {"canvases": _hwc(canvases[:_PICTURES])}
+        return examples(clean, poisoned.trigger) | {"canvases": as_pictures(canvases[:_PICTURES])}
     some = poisoned.indices[:_PICTURES]
-    return {"images": _hwc(clean.take(some)), "stamped": _hwc(poisoned.images.take(some))}
-
-
-def recovered(trigger: MaskedPattern | None) -> Arrays:
-    """``mask`` float32 ``[H, W]`` and ``pattern`` float32 ``[H, W, 3]``, both in [0, 1]."""
-    if trigger is None:
-        return {}
-    step = _step(trigger.mask)
-    mask, pattern = trigger.mask.float().cpu(), trigger.pattern.float().cpu()
-    return {
-        "mask": mask[::step, ::step].contiguous().numpy(),
-        "pattern": pattern[:, ::step, ::step].permute(1, 2, 0).contiguous().numpy(),
-    }
+    return {"images": as_pictures(clean.take(some)), "stamped": as_pictures(poisoned.images.take(some))}
 
 
 def embeddings(
@@ -111,7 +101,8 @@ def write_arrays(arrays: Arrays, path: Path) -> Path:
     return write_atomic(path, fill)
 
 
-def _hwc(pixels: Tensor) -> NDArray[np.generic]:
+def as_pictures(pixels: Tensor) -> NDArray[np.generic]:
+    """uint8 ``[n, 3, H, W]`` as the report wants them: ``[n, H, W, 3]``, at most 128 pixels a side."""
     step = _step(pixels)
     return pixels[..., ::step, ::step].permute(0, 2, 3, 1).contiguous().numpy()
 

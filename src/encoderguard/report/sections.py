@@ -11,6 +11,7 @@ from encoderguard.report.bars import Bar, beta_chart, profile_chart, rates_chart
 from encoderguard.report.blocks import Block, Gallery, Points, Section, Table, chart
 from encoderguard.report.figures import COLOURS, Row, curve_chart, score_chart
 from encoderguard.report.picture_blocks import examples, maps, triggers
+from encoderguard.report.search_blocks import families, found, stages
 from encoderguard.report.values import count, mapping, number, numbers, percent, sequence, short, text
 from encoderguard.report.words import not_tested, tested
 
@@ -28,18 +29,22 @@ def sections(record: Record, arrays: Arrays) -> list[Section]:
         ("Score", _scores),
         ("Images with and without the trigger", examples),
         ("Recovered trigger", triggers),
+        ("Families of triggers", families),
+        ("What was found", found),
         ("Map of the features", maps),
         ("How much each stage knows of the final features", _profiles),
         ("Agreement with the encoder it was made from", _fidelity),
         ("Curves", _curves),
         ("What was tested, and what was not", _scope),
         ("Single runs", _runs),
+        ("Time", stages),
         ("Evidence", _evidence),
     ]
     demo, set_up = record.get("job") == "demo", record.get("job") in ("demo", "poison")
     titles = {} if demo else {"Before and after": "Accuracy and attack success"}
     titles |= {"Evidence": "Set-up"} if set_up else {}
-    titles |= {} if "stamped" in arrays else {"Images with and without the trigger": "Images"}
+    alone = "Most suspicious images" if record.get("job") == "filter" else "Images"
+    titles |= {} if "stamped" in arrays else {"Images with and without the trigger": alone}
     built = [(titles.get(title, title), build(record, arrays)) for title, build in builders]
     return [Section(title=title, blocks=blocks) for title, blocks in built if blocks]
 

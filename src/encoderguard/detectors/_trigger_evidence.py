@@ -1,0 +1,93 @@
+"""What a reader needs to judge a trigger search, as JSON values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from encoderguard.detectors._trigger_found import FamilyResult, Found
+from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, score_of
+from encoderguard.nulls import resolution
+from encoderguard.rays import LEVELS, UNITS, TriggerFamily
+
+__all__ = ["evidence_of"]
+
+_NOT_TESTED = [
+    "Triggers that differ from image to image, that a generator makes, or that are things in the scene.",
+    "Patches with a side above a third of the image, and changes stronger than the levels listed.",
+    "Backdoors that move the features without making them alike, or that several triggers must set off.",
+    "Inputs unlike the given images; the downstream classifier and the code that loads the encoder.",
+]
+
+
+def evidence_of(
+    found: Found, nulls: Mapping[str, Found], judged: Judged, kind: NullKind, *, rule: Rule
+) -> dict[str, Any]:
+    """Reason, p-values, one curve per family with the range of the null, what was and was not tested."""
+    tried = {family: len(result.bank) for family, result in found.families.items()}
+    return {
+        "reason": judged.reason,
+        "direction": "a larger score is more suspicious",
+        "flagged": "above",
+        "null": kind,
+        "null_size": len(nulls),
+        "rank_resolution": resolution(len(nulls)),
+        "decided_by": judged.decided_by,
+        "fpr": rule.fpr,
+        "complete": found.complete and all(null.complete for null in nulls.values()),
+        "families": {
+            family: _family(family, result, nulls, judged) for family, result in found.families.items()
+        },
+        "clean_references": _left_out(nulls, rule),
+        "images_passed": found.images_passed,
+        "tested": [
+            f"{family}: {count} candidates{_refined(found, family)}" for family, count in tried.items()
+        ],
+        "not_tested": _NOT_TESTED,
+    }
+
+
+def _refined(found: Found, family: TriggerFamily) -> str:
+    refined = any(ray.label.startswith("refined") for ray in found.families[family].rays)
+    levels = ", ".join(f"{level:g}" for level in LEVELS[family])
+    return f"{' and gradient refinement' if refined else ''}, at {levels} ({UNITS[family]})."
+
+
+def _family(
+    family: TriggerFamily, result: FamilyResult, nulls: Mapping[str, Found], judged: Judged
+) -> dict[str, Any]:
+    others = [null.families[family] for null in nulls.values()]
+    by_level = list(zip(*(other.curve for other in others), strict=True))
+    return {
+        "levels": list(LEVELS[family]),
+        "unit": UNITS[family],
+        "collapse": _rounded(result.curve),
+        "null_low": _rounded([min(values) for values in by_level]),
+        "null_high": _rounded([max(values) for values in by_level]),
+        "statistic": round(result.statistic, 4),
+        "null_statistics": {name: round(null.families[family].statistic, 4) for name, null in nulls.items()},
+        "p": judged.p_families[family],
+        "p_adjusted": judged.p_adjusted[family],
+        "bank_best": round(max(result.bank, default=0.0), 4),
+        "bank_label": result.label,
+        "candidates": len(result.bank),
+        "half_collapse_at": _half(family, result.curve),
+    }
+
+
+def _half(family: TriggerFamily, curve: list[float]) -> float | None:
+    """The weakest level at which the collapse reaches one half."""
+    return next((level for level, value in zip(LEVELS[family], curve, strict=True) if value >= 0.5), None)
+
+
+def _left_out(nulls: Mapping[str, Found], rule: Rule) -> list[dict[str, Any]]:
+    """Every clean encoder judged beside the others: what the score is where nothing is wrong."""
+    if len(nulls) < 2:
+        return []
+    values = {name: null.statistics for name, null in nulls.items()}
+    return [
+        {"name": name, "score": score_of(own, [v for other, v in values.items() if other != name], rule)}
+        for name, own in values.items()
+    ]
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]

@@ -1,0 +1,127 @@
+"""From the statistics of a suspect and of clean encoders to p-values and a verdict."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from encoderguard.methods import Verdict
+from encoderguard.nulls import bank_p, combined, fisher, holm, moderated_p, rank_p, resolution
+
+__all__ = ["Judged", "NullKind", "Rule", "judge", "judge_by_bank", "score_of"]
+
+NullKind = Literal["references", "students", "bank"]
+_CLEAR = 4
+"""From this many times the false-positive rate on, a p-value counts as clean; between, as inconclusive."""
+_FEWEST = 2
+"""Clean encoders below which their spread is an assumption, and no verdict rests on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How sure a verdict has to be."""
+
+    fpr: float
+    margin: float
+    prior_spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A verdict and what it rests on."""
+
+    verdict: Verdict
+    p_families: dict[str, float]
+    p_adjusted: dict[str, float]
+    p_value: float
+    score: float
+    threshold: float
+    decided_by: str
+    reason: str
+
+
+def score_of(values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], rule: Rule) -> float:
+    """1 minus the smallest family p-value of the moderated t: in [0, 1], large is suspicious."""
+    return 1 - min(_moderated(values, nulls, rule).values())
+
+
+def judge(
+    values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], kind: NullKind, rule: Rule
+) -> Judged:
+    """Judge statistics by family beside those of clean encoders (or students).
+
+    ``backdoored``: the Holm-combined p-value is at most ``fpr`` and, in a family that is significant, the
+    value exceeds that of every clean encoder by ``margin``. ``clean``: the combined p-value is at least 4
+    times ``fpr``. Otherwise, and with one clean encoder only, ``inconclusive``.
+
+    The p-values are ranks where there are enough clean encoders for ranks to reach ``fpr`` after Holm's
+    correction, else those of the moderated t.
+    """
+    tests = len(values)
+    ranked = resolution(len(nulls)) * tests <= rule.fpr
+    by_family = {name: [null[name] for null in nulls] for name in values}
+    p = (
+        {name: rank_p(value, by_family[name]) for name, value in values.items()}
+        if ranked
+        else _moderated(values, nulls, rule)
+    )
+    adjusted, together = holm(p), combined(p)
+    excess = {name: value - max(by_family[name]) for name, value in values.items()}
+    strong = [name for name in values if adjusted[name] <= rule.fpr and excess[name] >= rule.margin]
+    verdict: Verdict = "inconclusive"
+    if len(nulls) >= _FEWEST:
+        verdict = "backdoored" if strong else "clean" if together >= _CLEAR * rule.fpr else "inconclusive"
+    first = min(p, key=lambda name: (p[name], -excess[name]))
+    who = f"{len(nulls)} clean {kind}" if kind == "references" else f"{len(nulls)} {kind} of the suspect"
+    how = "ranks" if ranked else "moderated t and margin"
+    reason = (
+        f"the family '{first}' stands {excess[first]:+.2f} (mean Fisher z) from the largest of {who}; "
+        f"combined p {together:.3g} by {how}"
+    )
+    if len(nulls) < _FEWEST:
+        reason += f"; with fewer than {_FEWEST} to compare with their spread is unknown, so no verdict"
+    elif verdict == "inconclusive" and together <= rule.fpr:
+        reason += f"; significant, but not {rule.margin:g} above all of them"
+    return Judged(
+        verdict=verdict,
+        p_families=p,
+        p_adjusted=adjusted,
+        p_value=together,
+        score=score_of(values, nulls, rule),
+        threshold=1 - rule.fpr / tests,
+        decided_by=how,
+        reason=reason,
+    )
+
+
+def judge_by_bank(values: Mapping[str, float], banks: Mapping[str, Sequence[float]]) -> Judged:
+    """Without any clean encoder: p-values from the spread within the bank, and never a verdict.
+
+    Natural weaknesses of clean encoders stand out of the bank as much as backdoors do. The score is
+    the largest statistic s as s / (1 + s).
+
+    Args:
+        values: statistics by family.
+        banks: all collapses in the bank, by family.
+    """
+    scales = {name: [fisher(value) for value in banks[name]] for name in values}
+    p = {name: bank_p(max(scale, default=0.0), scale) for name, scale in scales.items()}
+    return Judged(
+        verdict="inconclusive",
+        p_families=p,
+        p_adjusted=holm(p),
+        p_value=combined(p),
+        score=max(value / (1 + value) if value > 0 else 0.0 for value in values.values()),
+        threshold=1.0,
+        decided_by="spread within the bank",
+        reason="no clean encoder and no student to compare with: the spread within the bank tells how "
+        "triggers differ, not how clean encoders do; give references or ask for students",
+    )
+
+
+def _moderated(
+    values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], rule: Rule
+) -> dict[str, float]:
+    return {
+        name: moderated_p(value, [null[name] for null in nulls], prior_spread=rule.prior_spread)
+        for name, value in values.items()
+    }

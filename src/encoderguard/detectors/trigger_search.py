@@ -1,0 +1,224 @@
+"""Trigger search: six families of triggers, each judged against what clean encoders reach."""
+
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, final
+
+import torch
+from pydantic import Field
+
+from encoderguard.bank import bank
+from encoderguard.collapse import Collapse
+from encoderguard.detectors._students import distil, tuned
+from encoderguard.detectors._trigger_evidence import evidence_of
+from encoderguard.detectors._trigger_found import Budget, Found
+from encoderguard.detectors._trigger_stages import search
+from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, judge, judge_by_bank
+from encoderguard.encoder import Encoder
+from encoderguard.errors import SettingError
+from encoderguard.images import ImageSet
+from encoderguard.loading import load_encoder
+from encoderguard.methods import Detection, Detector, require_images
+from encoderguard.rays import FAMILIES, TriggerFamily
+from encoderguard.registry import register
+from encoderguard.run import Run
+from encoderguard.triggers import Trigger
+
+__all__ = ["TriggerSearch", "are_grey"]
+
+_LEAST = 8
+
+
+@register
+@final
+@dataclass(frozen=True, kw_only=True)
+class TriggerSearch(Detector):
+    """Looks for weak triggers of six families that collapse the features of clean images.
+
+    Collapse is the mean cosine of features of different stamped images, standardised over the clean images.
+    Three stages: a bank of some 230 candidates by forward passes alone (patches, blends, additive noise,
+    spectral waves, colour changes, warps); gradient refinement of the best patches, blends and additive
+    patterns with successive halving; the same at weaker and stronger levels. The result is one curve of
+    collapse over strength per family; its mean in Fisher's z is the statistic, judged family by family
+    against clean reference encoders, or students distilled from the suspect, and combined after Holm.
+
+    Ours, not from one paper. The collapse objective is DECREE's (Feng et al. 2023) in a centred feature
+    space; successive halving over candidates is in the spirit of K-Arm (Shen et al. 2021); the moderated t
+    is Smyth's (2004). Unlike DECREE it does not look for the smallest mask, because a gradient search for
+    that missed a planted white square that plain candidates find, and because no single mask covers a blend.
+    """
+
+    name: ClassVar[str] = "trigger_search"
+    paper: ClassVar[str] = "ours; objective after Feng et al. 2023, arXiv:2303.15180"
+    needs: ClassVar[str] = "clean unlabelled images; for a verdict, clean encoders of the same architecture"
+    cost: ClassVar[str] = "a search, mostly forward passes; students add a short training each"
+    blind_spots: ClassVar[str] = (
+        "Triggers that differ from image to image, generated or semantic ones, and encoders whose backdoor "
+        "moves features without making them alike."
+    )
+
+    references: tuple[str, ...] = ()
+    """Specs of clean encoders of the suspect's architecture; each is searched as the suspect is."""
+    students: Annotated[int, Field(ge=0)] = 0
+    """Without references: so many students, distilled from the suspect on clean images, take their place."""
+    student_steps: Annotated[int, Field(ge=1)] = 400
+    """Training steps per student, of up to 64 images."""
+    fpr: Annotated[float, Field(gt=0, lt=0.25)] = 0.05
+    """Rate of clean encoders that may be called backdoored."""
+    margin: Annotated[float, Field(ge=0)] = 0.25
+    """Besides being significant, a family must exceed every clean encoder by so much in mean Fisher z."""
+    prior_spread: Annotated[float, Field(gt=0)] = 0.2
+    """Expected standard deviation of a family's statistic over clean encoders; counts as four references."""
+    families: tuple[TriggerFamily, ...] = FAMILIES
+    """Families that are searched."""
+    images: Annotated[int, Field(ge=_LEAST)] = 64
+    """Clean images to search with; as many others, if given, to measure the curves on."""
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the bank that is tried."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Candidates per family that are tried at every strength, and refined."""
+    starts: Annotated[int, Field(ge=1)] = 6
+    """Starts of each refinement; those beyond `keep` are random."""
+    steps: Annotated[int, Field(ge=0)] = 30
+    """Steps of each refinement; 0 searches by forward passes alone."""
+    tune_steps: Annotated[int, Field(ge=0)] = 20
+    """Contrastive steps of a copy on clean images, to see whether the found triggers survive; 0 skips it."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """Time budget per searched encoder; the best so far is used. The result then depends on the machine."""
+
+    def detect(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Detection:
+        """Judge ``encoder``; ``score`` is 1 minus the smallest family p-value, large if suspicious.
+
+        Raises:
+            ImageError: fewer than eight images.
+            EncoderError: a reference cannot be loaded.
+            SettingError: a reference is of another architecture, or is the suspect itself; no family.
+            NonFiniteError: features or loss are NaN or infinite.
+            Stopped: the user asked to stop.
+        """
+        require_images(images, _LEAST, "The trigger search")
+        if not self.families:
+            raise SettingError(
+                "The trigger search needs at least one family, found none; leave it out for all."
+            )
+        references = {spec: _reference(spec, encoder) for spec in self.references}
+        used = _Images(images, self.images, run)
+        found = self._search(encoder, used, "suspect", run)
+        seconds = {f"suspect_{stage}": took for stage, took in found.seconds.items()}
+        begun = time.monotonic()
+        others = references or self._students(encoder, images, run)
+        seconds["students"] = 0.0 if references else time.monotonic() - begun
+        begun = time.monotonic()
+        nulls = {name: self._search(other, used, name, run) for name, other in others.items()}
+        seconds["null"] = time.monotonic() - begun
+        kind: NullKind = "references" if references else "students" if others else "bank"
+        judged = self._judge(found, list(nulls.values()), kind)
+        triggers = {family: found.families[family].strongest for family in self.families}
+        best = min(self.families, key=lambda f: (judged.p_families[f], -found.families[f].statistic))
+        evidence = evidence_of(found, nulls, judged, kind, rule=self._rule)
+        begun = time.monotonic()
+        evidence |= self._natural_or_injected(encoder, others, triggers, used, run)
+        evidence |= _nearest(encoder, triggers[best], used, run)
+        seconds["natural_or_injected"] = time.monotonic() - begun
+        return Detection(
+            verdict=judged.verdict,
+            score=judged.score,
+            threshold=judged.threshold,
+            trigger=triggers[best],
+            triggers={str(family): trigger for family, trigger in triggers.items()},
+            p_value=judged.p_value,
+            evidence=evidence | {"best_family": best, "seconds": seconds},
+        )
+
+    def _students(self, encoder: Encoder, images: ImageSet, run: Run) -> dict[str, Encoder]:
+        return {
+            f"student {k}": distil(encoder, images, self.student_steps, run=run.child("student", k))
+            for k in range(self.students)
+        }
+
+    @property
+    def _rule(self) -> Rule:
+        return Rule(fpr=self.fpr, margin=self.margin, prior_spread=self.prior_spread)
+
+    def _search(self, encoder: Encoder, used: "_Images", name: str, run: Run) -> Found:
+        """The same seed for every encoder, so that all are asked the same questions."""
+        every = bank(used.images.shape, run.rng.child("bank"), scale=self.scale, grey=used.grey)
+        budget = Budget(keep=self.keep, starts=self.starts, steps=self.steps, seconds=self.seconds)
+        rays = {family: every[family] for family in self.families}
+        return search(encoder, used.searched, used.held_out, rays, budget, run=run.child("search"), name=name)
+
+    def _judge(self, found: Found, nulls: list[Found], kind: NullKind) -> Judged:
+        values = found.statistics
+        if kind != "bank":
+            return judge(values, [null.statistics for null in nulls], kind, self._rule)
+        return judge_by_bank(values, {str(family): result.bank for family, result in found.families.items()})
+
+    def _natural_or_injected(
+        self,
+        encoder: Encoder,
+        known: dict[str, Encoder],
+        triggers: dict[TriggerFamily, Trigger],
+        used: "_Images",
+        run: Run,
+    ) -> dict[str, Any]:
+        """What the suspect's triggers do to clean encoders, and to a copy after a little clean training."""
+        others = {f"on {name}": other for name, other in known.items()}
+        if self.tune_steps:
+            others["after tuning"] = tuned(encoder, used.images, self.tune_steps, run=run.child("tuned"))
+        found = {
+            name: dict(
+                zip(
+                    triggers,
+                    Collapse(other, used.held_out, run=run, exact=True).of(list(triggers.values())),
+                    strict=True,
+                )
+            )
+            for name, other in {"on the suspect": encoder, **others}.items()
+        }
+        return {"collapse_of_found_triggers": found}
+
+
+class _Images:
+    """The clean images, split into those searched with and those measured on."""
+
+    def __init__(self, images: ImageSet, count: int, run: Run) -> None:
+        order = run.rng.permutation(len(images), "trigger search")
+        count = min(count, len(images) // 2)
+        self.images = images
+        self.order = order[count : 2 * count]
+        self.searched, self.held_out = images.subset(order[:count]), images.subset(self.order)
+        self.grey = are_grey(self.searched)
+
+
+def are_grey(images: ImageSet) -> bool:
+    """Whether all channels of all images are the same but for rounding: colours are then left out."""
+    pixels = images.take(torch.arange(len(images))).short()
+    return int((pixels.amax(1) - pixels.amin(1)).max()) <= 2
+
+
+def _reference(spec: str, suspect: Encoder) -> Encoder:
+    reference = load_encoder(spec)
+    own, other = ((e.spec.architecture, e.spec.width, e.spec.stem) for e in (suspect, reference))
+    if own != other:
+        raise SettingError(
+            f"The reference {spec} is {_words(other)}, the suspect is {_words(own)}; "
+            "give clean encoders of the suspect's architecture."
+        )
+    if reference.fingerprint == suspect.fingerprint:
+        raise SettingError(
+            f"The reference {spec} is the suspect itself; give encoders that are known to be clean."
+        )
+    return reference
+
+
+def _words(key: tuple[str, int, str]) -> str:
+    return f"{key[0]} of width {key[1]} with the {key[2]} stem"
+
+
+def _nearest(encoder: Encoder, trigger: Trigger, used: _Images, run: Run) -> dict[str, Any]:
+    """Clean images whose features lie nearest to where the stamped ones collapse to."""
+    places, cosines = Collapse(encoder, used.held_out, run=run, exact=True).nearest(trigger, 8)
+    return {
+        "nearest_images": used.order[places].tolist(),
+        "nearest_cosines": [round(value, 4) for value in cosines.tolist()],
+    }

@@ -1,0 +1,278 @@
+"""The trigger search on toys with one known weakness, its verdict by hand, its budget and its misuse."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encoderguard.detectors._students import distil, tuned
+from encoderguard.detectors._trigger_verdict import Rule, judge, judge_by_bank, score_of
+from encoderguard.detectors.trigger_search import TriggerSearch, are_grey
+from encoderguard.encoder import Encoder, EncoderSpec
+from encoderguard.errors import EncoderError, ImageError, SettingError
+from encoderguard.images import ImageSet
+from encoderguard.jobs import scan
+from encoderguard.methods import Detection
+from encoderguard.nulls import moderated_p
+from encoderguard.random import Rng
+from encoderguard.rays import TriggerFamily
+from encoderguard.run import Run
+from encoderguard.triggers import MaskedPattern, load_trigger
+
+RUN = Run(rng=Rng(0), precision="float32")
+SIDE = 32
+
+
+@cache
+def shadow() -> ImageSet:
+    coarse = torch.rand(64, 3, 4, 4, generator=Rng(1).generator())
+    return ImageSet.from_arrays((F.interpolate(coarse, (SIDE, SIDE), mode="bilinear") * 255).byte())
+
+
+@cache
+def picture() -> Tensor:
+    """What the blend and the additive weakness listen to: signs without a mean, [3, 32, 32]."""
+    signs = torch.rand(3, SIDE, SIDE, generator=Rng(2).generator()).round() * 2 - 1
+    return signs - signs.mean((1, 2), keepdim=True)
+
+
+class Weak(nn.Module):
+    """Diverse features of coarse colours; a weakness moves them to one vector where its gate opens."""
+
+    def __init__(self, weakness: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weakness, self.pool = weakness, nn.AvgPool2d(8)
+        self.register_buffer("out", torch.randn(48, 16, generator=generator))
+        self.register_buffer("target", 20 * torch.randn(16, generator=generator))
+        self.register_buffer("picture", picture())
+        self.out: Tensor
+        self.target: Tensor
+        self.picture: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.pool(x - 0.5).flatten(1) @ self.out
+        return z + self.gate(x)[:, None] * self.target
+
+    def gate(self, x: Tensor) -> Tensor:
+        if self.weakness == "patch":  # any 8 x 8 window that is white
+            white = F.avg_pool2d(x.amin(1, keepdim=True), 8, stride=2).flatten(1).amax(1)
+            return torch.sigmoid(30 * (white - 0.93))
+        along = (x * self.picture).mean((1, 2, 3))
+        if self.weakness == "blend":  # .2 of the picture gives about .1 / 2
+            return torch.sigmoid(60 * (along - 0.035))
+        if self.weakness == "noise":  # .04 times the signs opens it fully
+            return (along / 0.04).clamp(-1, 1)
+        return 0 * along
+
+
+def encoder(weakness: str) -> Encoder:
+    return Encoder.wrap(Weak(weakness).eval(), taps=("pool",))
+
+
+def detect(weakness: str, families: Sequence[TriggerFamily], **settings: object) -> Detection:
+    given = {"images": 16, "families": tuple(families), "tune_steps": 0, **settings}
+    return TriggerSearch(**given).detect(encoder(weakness), shadow(), run=RUN)  # type: ignore[arg-type]
+
+
+def statistic(found: Detection, family: str) -> float:
+    value = found.evidence["families"][family]["statistic"]
+    assert isinstance(value, float)
+    return value
+
+
+def test_a_planted_white_patch_is_found_by_forward_passes_alone() -> None:
+    found = detect("patch", ("patch",), steps=0)
+    clean = detect("none", ("patch",), steps=0)
+    assert statistic(found, "patch") > statistic(clean, "patch") + 0.5
+    entry = found.evidence["families"]["patch"]
+    assert entry["bank_label"].startswith("colour 1 1 1")
+    assert entry["collapse"][-1] > 0.95
+    assert entry["collapse"] == sorted(entry["collapse"])
+    trigger = found.trigger
+    assert isinstance(trigger, MaskedPattern)
+    assert float(trigger.pattern[:, trigger.mask > 0].min()) == 1
+    assert set(found.triggers) == {"patch"}
+
+
+@pytest.mark.parametrize("family", ["blend", "noise"])
+def test_a_weakness_all_over_the_image_is_found_by_its_family(family: TriggerFamily) -> None:
+    found, clean = (detect(weakness, (family,), scale=0.1, starts=3, keep=1) for weakness in (family, "none"))
+    assert statistic(found, family) > statistic(clean, family) + 0.3
+    assert max(found.evidence["families"][family]["collapse"]) > 0.9
+
+
+def test_the_same_seed_gives_the_same() -> None:
+    first, second = (
+        detect("patch", ("patch", "warp"), scale=0.1, keep=1, starts=2, steps=3) for _ in range(2)
+    )
+    assert first.score == second.score
+    assert first.trigger == second.trigger
+    assert first.evidence["families"] == second.evidence["families"]
+    assert first.evidence["nearest_images"] == second.evidence["nearest_images"]
+
+
+def test_without_company_there_is_no_verdict() -> None:
+    found = detect("patch", ("patch",), steps=0, scale=0.2)
+    assert found.verdict == "inconclusive"
+    assert found.evidence["null"] == "bank"
+    assert found.evidence["rank_resolution"] == 1
+    assert "give references or ask for students" in found.evidence["reason"]
+    json.dumps(found.evidence, allow_nan=False)
+
+
+def test_a_budget_is_kept_and_told() -> None:
+    begun = time.monotonic()
+    found = detect("patch", ("patch", "blend", "noise"), seconds=0.01, steps=1000)
+    assert time.monotonic() - begun < 20
+    assert found.evidence["complete"] is False
+    assert set(found.evidence["families"]) == {"patch", "blend", "noise"}
+
+
+# The verdict.
+
+RULE = Rule(fpr=0.05, margin=0.25, prior_spread=0.2)
+CLEAN = [{"patch": 0.2, "blend": 0.7}, {"patch": 0.3, "blend": 0.8}, {"patch": 0.25, "blend": 0.9}]
+
+
+def test_far_above_all_references_in_one_family_is_backdoored() -> None:
+    found = judge({"patch": 2.0, "blend": 0.8}, CLEAN, "references", RULE)
+    assert found.verdict == "backdoored"
+    assert found.decided_by == "moderated t and margin"
+    smallest = moderated_p(2.0, [0.2, 0.3, 0.25], prior_spread=0.2)
+    assert found.p_value == pytest.approx(2 * smallest)
+    assert found.score == pytest.approx(1 - smallest)
+    assert found.threshold == pytest.approx(1 - 0.05 / 2)
+    assert found.score > found.threshold
+    assert "family 'patch' stands +1.70" in found.reason
+
+
+def test_among_the_references_is_clean_and_between_is_inconclusive() -> None:
+    assert judge({"patch": 0.3, "blend": 0.8}, CLEAN, "references", RULE).verdict == "clean"
+    between = judge({"patch": 0.7, "blend": 0.8}, CLEAN, "references", RULE)
+    assert 0.05 < between.p_value < 0.2
+    assert between.verdict == "inconclusive"
+
+
+def test_significance_without_a_margin_is_inconclusive() -> None:
+    strict = replace(RULE, margin=3.0)
+    found = judge({"patch": 2.0, "blend": 0.8}, CLEAN, "students", strict)
+    assert found.verdict == "inconclusive"
+    assert "significant, but not 3 above all of them" in found.reason
+
+
+def test_one_reference_gives_a_p_value_but_no_verdict() -> None:
+    found = judge({"patch": 4.0}, [{"patch": 0.2}], "references", RULE)
+    assert found.p_value < 0.01
+    assert found.verdict == "inconclusive"
+    assert "fewer than 2" in found.reason
+
+
+def test_ranks_decide_once_there_are_enough_references() -> None:
+    many = [{"patch": 0.01 * k} for k in range(19)]
+    found = judge({"patch": 0.5}, many, "references", RULE)
+    assert found.decided_by == "ranks"
+    assert found.p_value == pytest.approx(0.05)
+    assert found.verdict == "backdoored"
+    assert judge({"patch": 0.5}, many[:18], "references", RULE).decided_by != "ranks"
+
+
+def test_the_score_of_the_bank_is_monotone_and_never_a_verdict() -> None:
+    banks = {"patch": [0.0, 0.1, -0.1, 0.05, 0.9]}
+    scores = [judge_by_bank({"patch": value}, banks) for value in (-0.1, 0.5, 2.0)]
+    assert [found.score for found in scores] == pytest.approx([0.0, 1 / 3, 2 / 3])
+    assert {found.verdict for found in scores} == {"inconclusive"}
+    assert score_of({"patch": 0.0}, [{"patch": 0.0}], RULE) == pytest.approx(0.5)
+
+
+# Real encoders: references, students, tuning.
+
+SPEC = EncoderSpec(architecture="encoderguard:resnet18", width=2)
+QUICK = {"images": 8, "scale": 0.02, "keep": 1, "starts": 2, "steps": 1, "tune_steps": 1}
+
+
+def small(seed: int) -> Encoder:
+    return Encoder.build(SPEC, Rng(seed)).eval()
+
+
+@cache
+def little() -> ImageSet:
+    pixels = torch.randint(0, 256, (24, 3, 8, 8), generator=Rng(3).generator(), dtype=torch.uint8)
+    return ImageSet.from_arrays(pixels, name="noise")
+
+
+def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_path: Path) -> None:
+    specs = [str(small(seed).save(tmp_path / f"{seed}.safetensors")) for seed in (1, 2)]
+    out = tmp_path / "scan"
+    result = scan(
+        small(0), little(), detector="trigger_search", settings={**QUICK, "references": specs}, out=out
+    )
+    assert result.record.evidence == result.detection.evidence
+    evidence = result.detection.evidence
+    assert evidence["null"] == "references"
+    assert [entry["name"] for entry in evidence["clean_references"]] == specs
+    assert set(evidence["collapse_of_found_triggers"]) == {
+        "on the suspect",
+        "after tuning",
+        *(f"on {spec}" for spec in specs),
+    }
+    for entry in evidence["families"].values():
+        assert all(low <= high for low, high in zip(entry["null_low"], entry["null_high"], strict=True))
+    assert load_trigger(out / "recovered-trigger.json") == result.detection.trigger
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Families of triggers" in page
+    assert "Nearest clean image 1" in page
+    assert "warp: stamped image 1 above its change" in page
+
+
+def test_references_must_be_of_the_suspect_s_kind_and_not_the_suspect(tmp_path: Path) -> None:
+    wide = Encoder.build(SPEC.model_copy(update={"width": 3}), Rng(0)).eval()
+    path = wide.save(tmp_path / "wide.safetensors")
+    with pytest.raises(SettingError, match=r"of width 3 .* the suspect is .* of width 2 .*; give clean"):
+        TriggerSearch(references=(str(path),)).detect(small(0), little(), run=RUN)
+    own = small(0).save(tmp_path / "own.safetensors")
+    with pytest.raises(SettingError, match="is the suspect itself; give encoders that are known to be clean"):
+        TriggerSearch(references=(str(own),)).detect(small(0), little(), run=RUN)
+    with pytest.raises(EncoderError):
+        TriggerSearch(references=(str(tmp_path / "none.safetensors"),)).detect(small(0), little(), run=RUN)
+
+
+def test_misuse_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ImageError, match="The trigger search needs at least 8 images"):
+        TriggerSearch().detect(small(0), little().subset(range(7)), run=RUN)
+    with pytest.raises(SettingError, match="needs at least one family, found none"):
+        TriggerSearch(families=()).detect(small(0), little(), run=RUN)
+
+
+def test_students_and_tuned_copies_are_new_and_seeded() -> None:
+    suspect = small(0)
+    before = suspect.fingerprint
+    prints = [distil(suspect, little(), 2, run=RUN.child(name)).fingerprint for name in ("a", "a", "b")]
+    assert prints[0] == prints[1] != prints[2]
+    copies = [tuned(suspect, little(), 1, run=RUN).fingerprint for _ in range(2)]
+    assert copies[0] == copies[1]
+    assert suspect.fingerprint == before
+    assert before not in (*prints, *copies)
+
+
+def test_students_stand_in_for_references() -> None:
+    settings = {**QUICK, "students": 2, "student_steps": 1, "families": ("patch",), "tune_steps": 0}
+    found = TriggerSearch(**settings).detect(small(0), little(), run=RUN)  # type: ignore[arg-type]
+    assert found.evidence["null"] == "students"
+    assert set(found.evidence["families"]["patch"]["null_statistics"]) == {"student 0", "student 1"}
+    assert "2 students of the suspect" in found.evidence["reason"]
+
+
+def test_grey_image_sets_are_recognised() -> None:
+    grey = torch.randint(0, 255, (4, 1, 8, 8), generator=Rng(4).generator(), dtype=torch.uint8)
+    three = grey.expand(-1, 3, -1, -1).clone()
+    assert are_grey(ImageSet.from_arrays(three))
+    three[0, 0, 0, 0] = three[0, 1, 0, 0] ^ 8
+    assert not are_grey(ImageSet.from_arrays(three))
