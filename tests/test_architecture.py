@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "bank",
         "collapse",
     ),
-    ("generators", "mixing", "recovery", "unlearning", "smallest"),
+    ("generators", "mixing", "recovery", "unlearning", "feature_heads", "smallest"),
     ("classifiers", "monitoring", "probes", "references", "fidelity", "evaluation"),
     ("attacks", "defenses", "detectors", "filters", "pretrain"),
     ("results",),

@@ -1,28 +1,23 @@
 """The smallest trigger that has an effect on an encoder, verified on all images: collapse, or one answer.
 
 The effect is either that all stamped images look alike (DECREE, no classes needed) or that a head on the
-features gives them one answer (Neural Cleanse). Where there are no classes, clusters of clean features and
-the nearest centroid stand in for the head.
+features gives them one answer (Neural Cleanse).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
+from encoderguard.feature_heads import Head
 from encoderguard.features import extract
 from encoderguard.images import ImageSet
 from encoderguard.inversion import Candidate, Objective, SearchPlan, invert
 from encoderguard.penalty import LambdaRule
 from encoderguard.recovery import Stamp
-from encoderguard.repair import PseudoClasses
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine, standardise
 from encoderguard.triggers import MaskedPattern
@@ -31,22 +26,17 @@ __all__ = [
     "AnswerPlan",
     "CollapsePlan",
     "Effect",
-    "Head",
     "Smallest",
     "answer_loss",
-    "centroid_head",
-    "linear_head",
     "random_stamp",
     "smallest_collapse",
     "smallest_per_answer",
 ]
 
-Head = Callable[[Tensor], Tensor]
-"""Maps features ``[..., D]`` to scores ``[..., K]``; the largest is the answer."""
 Effect = Callable[[Tensor], float]
 """Measures features ``[N, D]`` of stamped images: 1 is the full effect."""
-_TEMPERATURE = 0.1
-"""Divides cosines to centroids, so that a softmax of them is sharp enough; ours."""
+_KEEP, _SPACING = 8, 0.85
+"""Candidates per restart, and the factor between the sizes of neighbouring ones."""
 _POWERS = (0.8, 0.6, 0.4)
 """Of the largest mask, tried one after another if no candidate holds on all images."""
 
@@ -86,44 +76,6 @@ class Smallest:
     value: float
     """The effect on all images, or the largest of those that failed."""
     effect: Effect
-
-
-def centroid_head(clean: Tensor, classes: PseudoClasses) -> Head:
-    """The nearest centroid as a head: cosines over 0.1, of features standardised over ``clean`` ``[N, D]``.
-
-    ``classes`` are clusters of these images; the centroids are taken anew, of rows of length 1.
-    """
-    z = F.normalize(standardise(clean, clean), dim=1)
-    labels = classes.labels.to(z.device)
-    unit = F.normalize(torch.stack([z[labels == k].mean(0) for k in range(len(classes.centroids))]), dim=1)
-
-    def scores(features: Tensor) -> Tensor:
-        there = features.to(unit.device)
-        return F.normalize(standardise(there, clean), dim=-1) @ unit.T / _TEMPERATURE
-
-    return scores
-
-
-def linear_head(path: str | Path, dim: int, device: torch.device) -> tuple[Head, int]:
-    """A linear head from a ``head.safetensors`` (``weight [K, D]``, ``bias [K]``), and K.
-
-    Raises:
-        SettingError: there is no such file, or it holds no linear head on ``dim`` features.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SettingError(
-            f"The classifier {path} cannot be read ({type(error).__name__}); give a head.safetensors."
-        ) from None
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    if weight is None or bias is None or weight.shape != (len(bias), dim):
-        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise SettingError(
-            f"The classifier {path} must hold weight [K, {dim}] and bias [K] for this encoder, found {found}."
-        )
-    weight, bias = weight.float().to(device), bias.float().to(device)
-    return lambda features: F.linear(features.to(weight.device), weight, bias), len(bias)
 
 
 def answer_loss(head: Head, wanted: Sequence[int]) -> Objective:
@@ -171,8 +123,8 @@ def smallest_per_answer(
         learning_rates=((0, plan.learning_rate),),
         penalty=LambdaRule(initial=1e-3, factor=2.0),
         stale_steps=plan.steps,  # nobody leaves early: restart r is wanted[r] throughout
-        keep=8,
-        spacing=0.85,
+        keep=_KEEP,
+        spacing=_SPACING,
     )
     found = invert(encoder, images, answer_loss(head, wanted), search, run=run)
     return [
@@ -215,6 +167,8 @@ def smallest_collapse(encoder: Encoder, images: ImageSet, plan: CollapsePlan, *,
         batch_sizes=((0, plan.batch_size),),
         max_steps=plan.steps,
         learning_rates=((0, 0.5), (30 * epoch, 0.1), (50 * epoch, 0.05)),
+        keep=_KEEP,
+        spacing=_SPACING,
     )
     found = invert(encoder, images, lambda features: -cosine(features), search, run=run)
     queue = sorted((c for kept in found.candidates for c in kept), key=lambda c: c.size)

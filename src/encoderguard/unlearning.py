@@ -18,7 +18,7 @@ from encoderguard.run import Run
 from encoderguard.training import Batch, Plan, train
 from encoderguard.tuning import Kept
 
-__all__ = ["UnlearningLoss", "Unlearnt", "tuned_teacher", "unlearn"]
+__all__ = ["FORGET", "UnlearningLoss", "Unlearnt", "tuned_teacher", "unlearn"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class UnlearningLoss:
         squared = sliced_wasserstein2(a, b, directions)
         # the root has no gradient at 0; the small constant keeps equal samples harmless
         return (squared + 1e-12).sqrt() if self.root else squared
+
+
+FORGET = UnlearningLoss(alpha=0.0, beta=0.0, paired=1.0)
+"""Stamped and clean images alike keep the teacher's features of the clean image: for one known trigger."""
 
 
 def unlearn(
