@@ -16,6 +16,7 @@ from encoderguard.planting import Planter
 from encoderguard.planting_terms import Features
 from encoderguard.random import Rng
 from encoderguard.registry import register
+from encoderguard.similarity import standardise
 
 __all__ = ["AdaptiveMimic", "Critics"]
 
@@ -29,7 +30,8 @@ class AdaptiveMimic(Planting):
     The loss is BadEncoder's plus ``lambda_mi sum_l |I_clean(h_l; z) - I_triggered(h_l; z)|``, with h_l the
     stage maps averaged over space and z the features of the encoder under attack. Every I is the
     Donsker-Varadhan bound of a critic of its own, which takes ``critic_steps`` steps on the same batch before
-    each step of the encoder. Both sides are standardised by the clean batch.
+    each step of the encoder. Both sides are standardised by the clean batch, and the clean side is an aim
+    without gradient: else the encoder also gives up what it knows of clean images to make the two agree.
 
     This is our reconstruction. The MIMIC paper says that its adaptive attacker minimises the distance of the
     mutual information of benign and poisoned knowledge; it gives neither formula nor weight, and no code of
@@ -81,7 +83,7 @@ class AdaptiveMimic(Planting):
             for step in range(self.critic_steps):
                 memory.improve(inputs, features.batch.rng.permutation(n, "marginal", step))
             values = memory.bounds(inputs, features.batch.rng.permutation(n, "marginal"))
-        distance = (values[0] - values[1:]).abs().sum(1).mean()
+        distance = (values[0].detach() - values[1:]).abs().sum(1).mean()
         return self.badencoder(features) | {"information": self.lambda_mi * distance}
 
     def evidence(self, memory: "Critics") -> dict[str, Any]:
@@ -160,12 +162,7 @@ def _standardised(features: Features) -> list[tuple[Tensor, Tensor]]:
     sides = [(features.images, features.images_stages)]
     sides += list(zip(features.triggered, features.triggered_stages, strict=True))
     return [
-        (_scaled(stage, clean), _scaled(z, features.images))
+        (standardise(stage.float(), clean.detach()), standardise(z.float(), features.images.detach()))
         for z, stages in sides
         for stage, clean in zip(stages, features.images_stages, strict=True)
     ]
-
-
-def _scaled(x: Tensor, clean: Tensor) -> Tensor:
-    deviation, mean = torch.std_mean(clean.detach().float(), dim=0)
-    return (x.float() - mean) / deviation.clamp(min=1e-3)
