@@ -1,12 +1,13 @@
 """SSL-Cleanse: an encoder is suspect if one cluster is reached by a far smaller trigger than the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
 
-from encoderguard.cluster_search import ClusterPlan, ClusterTrigger, search_clusters
+from encoderguard.cluster_search import ClusterPlan, search_clusters
 from encoderguard.clusters import Clusters, outlier_indices
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
@@ -14,7 +15,7 @@ from encoderguard.methods import Detection, Detector, Verdict
 from encoderguard.registry import register
 from encoderguard.run import Run
 
-__all__ = ["SSLCleanse"]
+__all__ = ["SSLCleanse", "cluster_indices"]
 
 _FEWEST_SIZES = 8
 """With fewer sizes an outlier index says nothing: of three values the middle one is the median (ours)."""
@@ -29,7 +30,8 @@ class SSLCleanse(Detector):
     Departures: cosines to all centroids in a softmax, on standardised features, instead of the distance to
     one; all clusters are searched in one batch with one schedule. From the authors' code: the outlier index
     is ``(median - size) / (1.4826 MAD)`` and not also divided by .6745; every cluster keeps its own trigger;
-    the smallest is flagged only beyond the threshold; fewer than eight sizes carry no verdict.
+    the smallest is flagged only beyond the threshold; fewer than eight clusters carry no verdict, and one
+    that no trigger reached counts as large.
     """
 
     name: ClassVar[str] = "ssl_cleanse"
@@ -67,7 +69,7 @@ class SSLCleanse(Detector):
     def detect(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Detection:
         """Judge ``encoder`` from clean unlabelled images; ``score`` is the outlier index, large if suspect.
 
-        It is 0 if no size lies below the median, or if fewer than two clusters were reached.
+        It is 0 if no cluster was reached.
 
         Raises:
             ImageError: fewer images than clusters.
@@ -76,24 +78,20 @@ class SSLCleanse(Detector):
             Stopped: the user asked to stop.
         """
         search = search_clusters(encoder, images, self._plan(), run=run.child(self.name))
-        reached = [entry for entry in search.found if entry.size is not None]
-        indices = _indices(reached)
-        score, worst = max(indices, default=0.0), None
-        if reached:
-            worst = reached[indices.index(score)]
-        verdict, reason = self._judge(max(0.0, score), len(reached), len(search.found))
+        indices = cluster_indices([entry.size for entry in search.found])
+        score, reached = max(indices), sum(entry.size is not None for entry in search.found)
+        worst = search.found[indices.index(score)] if reached else None
+        verdict, reason = self._judge(score, reached, len(search.found))
         return Detection(
             verdict=verdict,
-            score=max(0.0, score),
+            score=score,
             threshold=self.threshold,
             trigger=None if worst is None else worst.trigger,
             evidence={
                 "reason": reason,
                 "flagged": "above",
                 "cluster": None if worst is None else worst.cluster,
-                "outlier_indices": {
-                    str(entry.cluster): index for entry, index in zip(reached, indices, strict=True)
-                },
+                "outlier_indices": indices,
                 **search.evidence,
                 "tested": [
                     f"Whether one of {len(search.found)} clusters of the given images is reached by a far "
@@ -115,17 +113,21 @@ class SSLCleanse(Detector):
         )
 
     def _judge(self, score: float, reached: int, clusters: int) -> tuple[Verdict, str]:
-        if reached < _FEWEST_SIZES:
+        if clusters < _FEWEST_SIZES:
+            return "inconclusive", f"an outlier among fewer than {_FEWEST_SIZES} clusters says nothing"
+        if 2 * reached < clusters:
             return "inconclusive", (
-                f"a trigger was found for {reached} of {clusters} clusters, "
-                f"and an outlier among fewer than {_FEWEST_SIZES} sizes says nothing"
+                f"a trigger was found for {reached} of {clusters} clusters only; give more steps or images"
             )
         verdict: Verdict = "backdoored" if score > self.threshold else "clean"
         place = "above" if verdict == "backdoored" else "not above"
-        return verdict, f"the smallest of {reached} masks has index {score:.2f}, {place} {self.threshold:g}"
+        return verdict, f"the smallest of {clusters} masks has index {score:.2f}, {place} {self.threshold:g}"
 
 
-def _indices(reached: list[ClusterTrigger]) -> list[float]:
-    if len(reached) < 2:
-        return [0.0] * len(reached)
-    return outlier_indices(torch.tensor([float(entry.size or 0) for entry in reached])).tolist()
+def cluster_indices(sizes: Sequence[float | None]) -> list[float]:
+    """The outlier index of each cluster's mask; one that was not reached is as large as the largest found.
+
+    All are 0 if none was reached.
+    """
+    largest = max((size for size in sizes if size is not None), default=1.0)
+    return outlier_indices(torch.tensor([largest if size is None else size for size in sizes])).tolist()

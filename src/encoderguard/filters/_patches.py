@@ -74,4 +74,4 @@ def net_flips(features: Features, pasted: Tensor, before: Tensor, centroids: Ten
 
 
 def _all(features: Features, images: Tensor) -> Tensor:
-    return torch.cat([features(part) for part in images.split(_BATCH)])
+    return torch.cat([features(part) for part in torch.split(images, _BATCH)])

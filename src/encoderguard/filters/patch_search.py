@@ -20,7 +20,7 @@ from encoderguard.repair import PseudoClasses, pseudo_classes
 from encoderguard.run import Run
 from encoderguard.similarity import standardise
 
-__all__ = ["PatchSearch", "live_after", "near_centroids", "prior_of"]
+__all__ = ["PatchSearch", "best_patches", "live_after", "near_centroids", "prior_of"]
 
 _TOP = 100
 """Indices that the evidence lists."""
@@ -57,9 +57,10 @@ class PatchSearch(Filter):
 
     Departures: the window is the one whose removal loosens an image most from its cluster (occlusion, which
     needs no class and works for any architecture), not the peak of Grad-CAM; features are standardised over
-    the images; patch and cluster counts follow the smaller sets and images; the ensemble's networks are small
-    and share no pre-training. From the authors' code: nothing reads which images are poisoned from file
-    names, and nothing is cached between two passes. Retraining on what is kept is left to the user.
+    the images; counts follow smaller sets, and a patch that moves less than half of what the best one moves
+    is not learned; the ensemble's networks are small and share no pre-training. From the authors' code:
+    nothing reads which images are poisoned from file names, and nothing is cached between two passes.
+    Retraining on what is kept is left to the user.
     """
 
     name: ClassVar[str] = "patch_search"
@@ -86,7 +87,7 @@ class PatchSearch(Filter):
     paste_on: Annotated[int, Field(ge=1)] = 100
     """Images, those nearest to the centroids, that every patch is pasted on; 1,000 in the paper."""
     patches: Annotated[int, Field(ge=1)] = 20
-    """Best patches that the classifier learns."""
+    """Patches that the classifier learns at most: those that move at least half as many as the best."""
     models: Annotated[int, Field(ge=1)] = 5
     """Classifiers whose probabilities are averaged."""
     steps: Annotated[int, Field(ge=1)] = 400
@@ -119,7 +120,7 @@ class PatchSearch(Filter):
         found = self._search(encoder, images, features, classes, run)
         prior = prior_of(classes.labels, found.flips)
         safe = prior.argsort(stable=True)[: len(images) - int(self.suspicious * len(images))]
-        best = sorted(found.flips, key=lambda index: (-found.flips[index], index))[: self.patches]
+        best = best_patches(found.flips, self.patches)
         scores, losses = fit_and_score(
             images,
             safe,
@@ -184,7 +185,14 @@ def near_centroids(z: Tensor, centroids: Tensor, most: int) -> Tensor:
     """
     some = centroids[:most]
     cosines = F.normalize(some, dim=1) @ F.normalize(z, dim=1).T
-    return cosines.topk(min(len(z), most // len(some)), dim=1).indices.unique()
+    nearest = cosines.topk(min(len(z), most // len(some)), dim=1).indices
+    return torch.tensor(sorted(set(nearest.flatten().tolist())))
+
+
+def best_patches(flips: dict[int, int], most: int) -> list[int]:
+    """Indices of the images with the best patches, best first: half the flips of the best one at least."""
+    order = sorted(flips, key=lambda index: (-flips[index], index))
+    return [index for index in order[:most] if 2 * flips[index] >= flips[order[0]]] or order[:1]
 
 
 def live_after(live: list[int], best: dict[int, int], drop: float) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoderguard.cluster_search import ClusterPlan, ClusterTrigger, search_clusters
-from encoderguard.clusters import Clusters, outlier_indices
+from encoderguard.clusters import Clusters
 from encoderguard.encoder import Encoder
 from encoderguard.features import extract
 from encoderguard.images import ImageSet
@@ -91,14 +91,11 @@ class SSLCleanseFilter(Filter):
         near = _nearness(encoder, images, some, worst.trigger, search.clean, run)
         alike = torch.cat([closeness_to_patch(part, worst.trigger) for part in images.float_batches(256)])
         scores = (ranks(near) + ranks(alike)) / 2
-        sizes = [entry.size for entry in search.found if entry.size is not None]
-        index = float(outlier_indices(torch.tensor(sizes)).max())
         return Ranking(
             scores=scores,
             evidence={
                 "cluster": worst.cluster,
                 "mask_size": worst.size,
-                "outlier_index": index,
                 **search.evidence,
                 "top": scores.argsort(descending=True, stable=True)[:_TOP].tolist(),
             },
