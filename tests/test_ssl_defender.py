@@ -203,16 +203,18 @@ def plan(**changes: Any) -> RecoveryPlan:
 
 @pytest.mark.parametrize("mix", ["patch", "mask"])
 def test_a_planted_patch_is_recovered(mix: Any) -> None:
-    encoder, aims = planted(), (0.6, 0.95)
+    encoder = planted()
     found = recover(encoder, noise(), plan(mix=mix), run=RUN)
     unseen = floats(noise(seed=2))
     assert mean_pairwise_cosine(encoder(unseen)).item() < 0.3
-    for index, aim in enumerate(aims):
-        stamped = found(unseen, Rng(8).generator(), only=index)
-        assert mean_pairwise_cosine(encoder(stamped)).item() > aim - 0.15
+    # fresh triggers of the stricter sub-generator; the lenient one may rest on another way to reach .6
+    stamped = found(unseen, Rng(8).generator(), only=1)
+    assert mean_pairwise_cosine(encoder(stamped)).item() > 0.9
+    assert mean_pairwise_cosine(encoder(found.example(1, Rng(0))(unseen))).item() > 0.8
     if mix == "mask":
-        assert found.sizes()[0] < 0.6
-    assert mean_pairwise_cosine(encoder(found.example(1, Rng(0))(unseen))).item() > 0.7
+        assert max(found.sizes()) < 0.6
+    else:
+        assert found.sizes() == [36 / 256] * 2
 
 
 def test_recovery_and_its_patterns_are_reproducible_and_diverse() -> None:

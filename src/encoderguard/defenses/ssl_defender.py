@@ -32,6 +32,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "relative": False,
         "mix": "patch",
         "patch": 0.2,
+        "recovery_steps": 600,
         "recovery_batch": 256,
         "recovery_lr": 2e-4,
         "turns": "batch",
@@ -45,24 +46,27 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "optimizer": "sgd",
         "weight_decay": 5e-4,
         "schedule": "constant",
+        "utility_floor": 0.0,
     },
     "default": {
         "relative": True,
         "mix": "mask",
         "patch": 0.25,
+        "recovery_steps": 300,
         "recovery_batch": 32,
         "recovery_lr": 2e-3,
         "turns": "image",
         "teacher": "frozen",
-        "paired": 0.0,
+        "paired": 1.0,
         "root": False,
         "views": False,
-        "epochs": 50,
+        "epochs": 40,
         "batch_size": 64,
         "lr": 1e-3,
         "optimizer": "adamw",
         "weight_decay": 0.0,
         "schedule": "cosine",
+        "utility_floor": UTILITY_FLOOR,
     },
 }
 
@@ -103,7 +107,7 @@ class SSLDefender(Defense):
     """Which set of defaults fills the settings that are not given."""
     recovered_trigger: str | None = None
     """A ``recovered-trigger.json`` that a scan wrote; it is unlearnt, and nothing else is recovered."""
-    generators: Annotated[int, Field(ge=1, le=64)] = 4
+    generators: Annotated[int, Field(ge=1, le=64)] = 3
     """n, the number of sub-generators."""
     lowest: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Threshold epsilon of the first sub-generator; those between are evenly spaced."""
@@ -121,7 +125,7 @@ class SSLDefender(Defense):
     """eta, the weight of the mutual information of trigger and noise; 0 leaves it out."""
     bound: Bound = "dv"
     """Which lower bound on the information: Donsker-Varadhan or Jensen-Shannon."""
-    recovery_steps: Annotated[int, Field(ge=1)] = 600
+    recovery_steps: Annotated[int, Field(ge=1)] = _BY_MODE
     """Steps of the recovery, rounded up to whole passes over the images."""
     recovery_batch: Annotated[int, Field(ge=2)] = _BY_MODE
     """Images per step of the recovery; every sub-generator sees all of them."""
@@ -157,7 +161,7 @@ class SSLDefender(Defense):
     """Weight decay of unlearning."""
     schedule: Literal["constant", "cosine", "one_cycle"] = _BY_MODE
     """Learning rate of unlearning over time."""
-    utility_floor: Annotated[float, Field(ge=0, le=1)] = UTILITY_FLOOR
+    utility_floor: Annotated[float, Field(ge=0, le=1)] = _BY_MODE
     """The last epoch of unlearning with at least this utility counts."""
 
     def __post_init__(self) -> None:
