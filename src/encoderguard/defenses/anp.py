@@ -223,7 +223,7 @@ class ANP(Defense):
 
 
 def _pruned(layers: Sequence[Gain], keep: Tensor) -> dict[str, list[int]]:
-    parts = keep.cpu().split([layer.count for layer in layers])
+    parts = torch.split(keep.cpu(), [layer.count for layer in layers])
     return {
         layer.weight: (~part).nonzero().flatten().tolist() for layer, part in zip(layers, parts, strict=True)
     }
