@@ -218,6 +218,7 @@ def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_p
     evidence = result.detection.evidence
     assert evidence["null"] == "references"
     assert [entry["name"] for entry in evidence["clean_references"]] == specs
+    assert sorted(evidence["standing_out"].values())[2] <= 0 <= sorted(evidence["standing_out"].values())[3]
     assert set(evidence["collapse_of_found_triggers"]) == {
         "on the suspect",
         "after tuning",

@@ -1,6 +1,7 @@
 """What a reader needs to judge a trigger search, as JSON values."""
 
 from collections.abc import Mapping
+from statistics import fmean, median
 from typing import Any
 
 from encoderguard.detectors._trigger_found import FamilyResult, Found
@@ -36,6 +37,7 @@ def evidence_of(
         "families": {
             family: _family(family, result, nulls, judged) for family, result in found.families.items()
         },
+        "standing_out": _standing_out(found, nulls),
         "clean_references": _left_out(nulls, rule),
         "images_passed": found.images_passed,
         "tested": [
@@ -71,6 +73,19 @@ def _family(
         "candidates": len(result.bank),
         "half_collapse_at": _half(family, result.curve),
     }
+
+
+def _standing_out(found: Found, nulls: Mapping[str, Found]) -> dict[str, float]:
+    """How far each family lies above the mean of the nulls, less the median of the same over all families.
+
+    An encoder that is sensitive to everything lies above in all families; a backdoor in one or two.
+    """
+    if not nulls:
+        return {}
+    means = {name: fmean(null.statistics[name] for null in nulls.values()) for name in found.statistics}
+    excess = {name: value - means[name] for name, value in found.statistics.items()}
+    middle = median(excess.values())
+    return {name: round(value - middle, 4) for name, value in excess.items()}
 
 
 def _half(family: TriggerFamily, curve: list[float]) -> float | None:
