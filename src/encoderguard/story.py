@@ -8,7 +8,8 @@ import numpy as np
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
 from encoderguard.information import Profile, layer_profile
-from encoderguard.jobs.pictures import Arrays, embeddings, examples, recovered
+from encoderguard.jobs.found import recovered
+from encoderguard.jobs.pictures import Arrays, embeddings, examples
 from encoderguard.loading import load_encoder
 from encoderguard.random import Rng
 from encoderguard.recipes import Recipe
@@ -60,7 +61,7 @@ def joined(
             else None
         )
         if isinstance(found, MaskedPattern):
-            arrays |= {f"{name}_{case}": value for name, value in recovered(found).items()}
+            arrays |= {f"{name}_{case}": value for name, value in recovered(test, found).items()}
     for case, encoder in encoders.items():
         arrays |= embeddings({f"embedding_{case}": encoder}, test, run=run, trigger=trigger)
     return facts, arrays

@@ -11,7 +11,7 @@ from encoderguard.jobs.pictures import Arrays, as_pictures
 from encoderguard.methods import Detection
 from encoderguard.triggers import MaskedPattern, Trigger
 
-__all__ = ["found_arrays"]
+__all__ = ["found_arrays", "recovered"]
 
 _EACH = 3
 """Images that every trigger is shown on."""
@@ -28,7 +28,7 @@ def found_arrays(images: ImageSet, detection: Detection) -> Arrays:
     Raises:
         ImageError: a trigger does not fit the images.
     """
-    found = _own(images, detection.trigger)
+    found = recovered(images, detection.trigger)
     for name, trigger in detection.triggers.items():
         stamped, change = _effect(images, trigger)
         found |= {f"found_{name}": as_pictures(stamped), f"change_{name}": as_pictures(change)}
@@ -36,7 +36,8 @@ def found_arrays(images: ImageSet, detection: Detection) -> Arrays:
     return found | ({"nearest": as_pictures(images.take(places))} if places else {})
 
 
-def _own(images: ImageSet, trigger: Trigger | None) -> Arrays:
+def recovered(images: ImageSet, trigger: Trigger | None) -> Arrays:
+    """The arrays of one trigger alone; empty without one."""
     if trigger is None:
         return {}
     if not isinstance(trigger, MaskedPattern):
