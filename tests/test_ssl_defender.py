@@ -19,7 +19,7 @@ from encoderguard.generators import StatisticsNetworks, SubGenerators, dv_bound,
 from encoderguard.images import ImageSet
 from encoderguard.losses import random_directions, sliced_wasserstein2
 from encoderguard.random import Rng, isolated
-from encoderguard.recovery import RecoveryPlan, hinge, recover
+from encoderguard.recovery import RecoveryPlan, alternating, hinge, recover
 from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.triggers import MaskedPattern, Patch, save_trigger
@@ -288,6 +288,12 @@ def test_the_root_is_the_root_and_harmless_at_zero() -> None:
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in student.parameters())
 
 
+def test_stamps_alternate() -> None:
+    images = torch.zeros(5, 3, 4, 4)
+    mixed = alternating([lambda x, _: x + 0.1, lambda x, _: x + 0.2])(images, Rng(0).generator())
+    assert mixed[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.2, 0.1, 0.2, 0.1])
+
+
 def short(**changes: Any) -> SSLDefender:
     given: dict[str, Any] = {
         "generators": 2,
@@ -309,7 +315,7 @@ def scanned(tmp_path: Path) -> str:
 def test_a_recovered_trigger_is_unlearnt(tmp_path: Path) -> None:
     defense = short(recovered_trigger=scanned(tmp_path), epochs=25, lr=2e-2, utility_floor=0.5)
     done = defense.purify(planted(), noise(), run=RUN)
-    (found,) = done.evidence["triggers"]
+    ((found,),) = [entry["triggers"] for entry in done.evidence["rounds"]]
     assert found["size"] == pytest.approx(36 / 256)
     assert found["cosine_clean"] < 0.3
     assert found["cosine_stamped"] > 0.9
@@ -321,18 +327,19 @@ def test_a_recovered_trigger_is_unlearnt(tmp_path: Path) -> None:
 
 def test_the_evidence_tells_what_was_recovered() -> None:
     done = short().purify(planted(), noise(), run=RUN)
-    assert len(done.evidence["triggers"]) == 2
+    first, second = done.evidence["rounds"]
+    assert len(first["triggers"]) == len(second["triggers"]) == 2
     names = {"threshold", "size", "information", "cosine_clean", "cosine_stamped", "cosine_stamped_after"}
-    assert set(done.evidence["triggers"][0]) == names
-    assert done.evidence["held_out"] == 13
-    assert len(done.history["recovery/collapse"]) == 2  # 4 steps, 3 per pass over 51 images
-    assert len(done.history["forget (L1)"]) == 2
+    assert set(first["triggers"][0]) == names
+    assert first["held_out"] == 13
+    assert len(done.history["recovery/collapse"]) == 2 * 2  # twice 4 steps, 3 per pass over 51 images
+    assert len(done.history["forget (L1)"]) == 2 * 2
     json.dumps(done.evidence, allow_nan=False)
 
 
 def test_an_encoder_below_the_floor_is_not_returned() -> None:
     done = short(lr=5.0, utility_floor=1.0, optimizer="sgd", alpha=5.0).purify(planted(), noise(), run=RUN)
-    assert done.evidence["epochs_used"] == 0
+    assert done.evidence["rounds"][-1]["epochs_used"] == 0
     assert "below the floor of 1" in done.evidence["fallback"]
     images = floats(noise())
     torch.testing.assert_close(done.encoder(images), planted()(images))

@@ -6,7 +6,7 @@ carries about its noise is raised, which keeps the patterns diverse (SSLDefender
 al. 2019). All sub-generators and all statistics networks are one computation per step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,7 +26,7 @@ from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Batch, Plan, train
 from encoderguard.triggers import MaskedPattern
 
-__all__ = ["RecoveredTriggers", "RecoveryPlan", "Stamp", "Turns", "hinge", "recover"]
+__all__ = ["RecoveredTriggers", "RecoveryPlan", "Stamp", "Turns", "alternating", "hinge", "recover"]
 
 Turns = Literal["image", "batch"]
 Stamp = Callable[[Tensor, torch.Generator], Tensor]
@@ -131,6 +131,21 @@ class RecoveredTriggers:
             return [float(size) for size in self.mixing.masks.mean((1, 2))]
         height, width = self.mixing.shape
         return [self.mixing.side**2 / (height * width)] * self.generators.count
+
+
+def alternating(stamps: Sequence[Stamp]) -> Stamp:
+    """Takes ``stamps`` in turns from image to image."""
+    if len(stamps) == 1:
+        return stamps[0]
+
+    def stamp(images: Tensor, generator: torch.Generator) -> Tensor:
+        stamped = torch.empty_like(images)
+        for number, each in enumerate(stamps):
+            mine = slice(number, None, len(stamps))
+            stamped[mine] = each(images[mine], generator)
+        return stamped
+
+    return stamp
 
 
 def hinge(cosine: Tensor, threshold: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from encoderguard.generators import Bound
 from encoderguard.images import ImageSet
 from encoderguard.methods import Defense, History, Purified
 from encoderguard.mixing import Mix
-from encoderguard.recovery import RecoveryPlan, Stamp, Turns, recover
+from encoderguard.recovery import RecoveryPlan, Stamp, Turns, alternating, recover
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run
@@ -36,6 +36,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "recovery_batch": 256,
         "recovery_lr": 2e-4,
         "turns": "batch",
+        "rounds": 1,
         "teacher": "tuned",
         "paired": 0.0,
         "root": True,
@@ -52,15 +53,16 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "relative": True,
         "mix": "mask",
         "patch": 0.25,
-        "recovery_steps": 300,
+        "recovery_steps": 240,
         "recovery_batch": 32,
         "recovery_lr": 2e-3,
         "turns": "image",
+        "rounds": 2,
         "teacher": "frozen",
         "paired": 1.0,
         "root": False,
         "views": False,
-        "epochs": 40,
+        "epochs": 25,
         "batch_size": 64,
         "lr": 1e-3,
         "optimizer": "adamw",
@@ -133,6 +135,8 @@ class SSLDefender(Defense):
     """Adam's peak learning rate in the recovery; masks move 100 times as fast."""
     turns: Turns = _BY_MODE
     """Whether sub-generators take turns from image to image, or one is drawn for each batch."""
+    rounds: Annotated[int, Field(ge=1, le=20)] = _BY_MODE
+    """How often triggers are recovered, from the encoder as it is by then, and unlearnt with those before."""
     teacher: Literal["frozen", "tuned"] = _BY_MODE
     """The suspect as it is (the backdoor sleeps on clean images), or a copy fine-tuned by SimCLR's loss."""
     teacher_epochs: Annotated[int, Field(ge=1)] = 10
@@ -193,31 +197,46 @@ class SSLDefender(Defense):
             purpose="SSLDefender",
             run=run,
         )
-        history: History = {}
-        if given is None:
-            found = recover(
-                repair.suspect, repair.images, self._recovery(repair, run), run=run.child("recover")
+        teacher, start = self._teacher(repair, run), repair.suspect
+        history, stamps, rounds = History(), list[Stamp](), list[dict[str, Any]]()
+        for number in range(1 if given else self.rounds):
+            part = run.child("round", number)
+            stamp, parts, curves = self._triggers(given, start, repair, part)
+            stamps.append(stamp)
+            done = unlearn(
+                start,
+                teacher,
+                alternating(stamps),
+                repair,
+                loss=self._loss(),
+                plan=self._plan(self.epochs),
+                views=self.views,
+                run=part,
             )
-            stamp, parts = found.stamp(self.turns), found.parts()
-            history = {f"recovery/{name}": curve for name, curve in found.history.items()}
-        else:
-            stamp, parts = given, [({"size": float(given.mask.mean())}, given)]
-        done = unlearn(
-            repair.suspect,
-            self._teacher(repair, run),
-            stamp,
-            repair,
-            loss=self._loss(),
-            plan=self._plan(self.epochs),
-            views=self.views,
-            run=run,
-        )
+            for name, curve in (curves | done.history).items():
+                history.setdefault(name, []).extend(curve)
+            found = _measured(parts, start, done.encoder, repair.gate.images, part)
+            rounds.append({"triggers": found, **done.evidence(repair.gate)})
+            start = done.encoder.frozen()
+        reasons = [entry["fallback"] for entry in rounds if entry["fallback"]]
         evidence = {
-            "triggers": _measured(parts, repair, done.encoder, run),
+            "rounds": rounds,
             "recovered": given is None,
-            **done.evidence(repair.gate),
+            "utility_after": rounds[-1]["utility_after"],
+            "fallback": reasons[0] if reasons else None,
         }
-        return Purified(encoder=done.encoder, history=history | done.history, evidence=evidence)
+        return Purified(encoder=done.encoder, history=history, evidence=evidence)
+
+    def _triggers(
+        self, given: MaskedPattern | None, start: Encoder, repair: Repair, run: Run
+    ) -> tuple[Stamp, list[tuple[dict[str, float], Stamp]], History]:
+        """What stamps a batch, each of its parts with what is known of it, and curves."""
+        if given is not None:
+            return given, [({"size": float(given.mask.mean())}, given)], {}
+        plan = self._recovery(start, repair.images, run)
+        found = recover(start, repair.images, plan, run=run.child("recover"))
+        curves = {f"recovery/{name}": curve for name, curve in found.history.items()}
+        return found.stamp(self.turns), found.parts(), curves
 
     def _given(self, images: ImageSet) -> MaskedPattern | None:
         if self.recovered_trigger is None:
@@ -231,10 +250,10 @@ class SSLDefender(Defense):
         trigger(torch.zeros(1, 3, *images.shape))  # raises if it is for another size
         return trigger
 
-    def _recovery(self, repair: Repair, run: Run) -> RecoveryPlan:
+    def _recovery(self, encoder: Encoder, images: ImageSet, run: Run) -> RecoveryPlan:
         level = 0.0
         if self.relative:
-            level = float(mean_pairwise_cosine(extract(repair.suspect, repair.images, run=run)))
+            level = float(mean_pairwise_cosine(extract(encoder, images, run=run)))
         return RecoveryPlan(
             thresholds=tuple(torch.linspace(self.lowest, self.highest, self.generators).tolist()),
             level=level,
@@ -277,18 +296,13 @@ class SSLDefender(Defense):
 
 @torch.no_grad()
 def _measured(
-    parts: list[tuple[dict[str, float], Stamp]], repair: Repair, after: Encoder, run: Run
+    parts: list[tuple[dict[str, float], Stamp]], before: Encoder, after: Encoder, held_out: ImageSet, run: Run
 ) -> list[dict[str, float]]:
     """What was found, with the mean cosine of held-out images: clean, and stamped before and after."""
-    images = repair.gate.images
-    pixels = (images.take(torch.arange(len(images))).float() / 255).to(run.device)
+    pixels = (held_out.take(torch.arange(len(held_out))).float() / 255).to(run.device)
     rows = []
     for number, (facts, stamp) in enumerate(parts):
         stamped = stamp(pixels, run.rng.generator("measured", number))
-        views = {
-            "clean": repair.suspect(pixels),
-            "stamped": repair.suspect(stamped),
-            "stamped_after": after(stamped),
-        }
+        views = {"clean": before(pixels), "stamped": before(stamped), "stamped_after": after(stamped)}
         rows.append(facts | {f"cosine_{name}": float(mean_pairwise_cosine(z)) for name, z in views.items()})
     return rows
