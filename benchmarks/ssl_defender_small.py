@@ -23,7 +23,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet, load_images
 from encoderguard.random import Rng
 from encoderguard.storage import write_text
-from encoderguard.triggers import MaskedPattern, save_trigger
+from encoderguard.triggers import MaskedPattern, Trigger, save_trigger
 
 RESULTS = Path(__file__).parent / "results"
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -74,7 +74,7 @@ def random_trigger(number: int, side: int) -> MaskedPattern:
 def trigger_file(kind: str, suspect: str, images: ImageSet, folder: Path) -> str:
     """The trigger of a row, as a file: random, or what DECREE recovers from 300 images."""
     if kind.startswith("random"):
-        trigger: MaskedPattern | None = random_trigger(int(kind.split()[1]), images.shape[0])
+        trigger: Trigger | None = random_trigger(int(kind.split()[1]), images.shape[0])
     else:
         trigger = jobs.scan(suspect, images, detector="decree", count=300, seed=0).detection.trigger
     if trigger is None:

@@ -148,9 +148,9 @@ def test_a_stopped_run_says_how_to_continue(
     whole = json.loads(shell(*PRETRAIN, "--out", "whole", "--json").out)
     train = ToyPretraining.train
 
-    def interrupted(self: ToyPretraining, encoder: Any, images: ImageSet, *, run: Run) -> Any:
+    def interrupted(self: ToyPretraining, encoder: Any, images: ImageSet, *, run: Run, **more: Any) -> Any:
         run.stop.requested = True
-        return train(self, encoder, images, run=run)
+        return train(self, encoder, images, run=run, **more)
 
     monkeypatch.setattr(ToyPretraining, "train", interrupted)
     said = shell(*PRETRAIN)

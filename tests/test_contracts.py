@@ -191,7 +191,7 @@ def test_settings_come_as_text_from_the_command_line() -> None:
         SettingError, match="Setting 'restarts' of detector 'decree' cannot be 'many': input should be"
     ):
         create("detector", "decree", {"restarts": "many"})
-    with pytest.raises(SettingError, match="Unknown detector 'oracle'; expected one of: decree"):
+    with pytest.raises(SettingError, match="Unknown detector 'oracle'; expected one of: abs, decree, "):
         create("detector", "oracle")
 
 

@@ -21,6 +21,7 @@ from encoderguard.methods import Detection
 from encoderguard.random import Rng
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine
+from encoderguard.triggers import MaskedPattern
 
 RUN = Run(rng=Rng(0))
 PATCH = (slice(23, 31), slice(23, 31))
@@ -64,7 +65,7 @@ def test_a_planted_patch_is_recovered(schedule: str) -> None:
     found = detect(True, schedule=schedule)
     assert found.verdict == "backdoored"
     assert found.score < 0.1
-    assert found.trigger is not None
+    assert isinstance(found.trigger, MaskedPattern)
     recovered, true = found.trigger.mask > 0.5, torch.zeros(32, 32, dtype=torch.bool)
     true[PATCH] = True
     assert (recovered & true).sum() / (recovered | true).sum() >= 0.7
@@ -97,7 +98,7 @@ def test_standardising_removes_what_clean_images_have_in_common() -> None:
 
 def test_the_verdict_holds_in_float32_on_all_images() -> None:
     found = detect(True)
-    assert found.trigger is not None
+    assert isinstance(found.trigger, MaskedPattern)
     run = Run(rng=Rng(9), precision="float32")
     cosine = float(mean_pairwise_cosine(extract(encoder(True), shadow(), run=run, trigger=found.trigger)))
     assert cosine > 0.99

@@ -37,7 +37,7 @@ def test_a_scan_leaves_record_report_trigger_and_arrays(tmp_path: Path) -> None:
     assert set(record.outputs) == {"recovered-trigger.json", "arrays.npz"}
     found = load_trigger(out / "recovered-trigger.json")
     assert isinstance(found, MaskedPattern)
-    assert detection.trigger is not None
+    assert isinstance(detection.trigger, MaskedPattern)
     assert torch.equal(found.mask, detection.trigger.mask)
     assert "behavioural indicator" in (out / "report.html").read_text()
 

@@ -152,7 +152,7 @@ def invert_neurons(
     probe = encoder.frozen().to(run.device)
     pixels = images.take(range(len(images))).to(run.device)
     with torch.no_grad():
-        clean = torch.cat([probe(part.float() / 255) for part in pixels.split(256)])
+        clean = torch.cat([probe(part.float() / 255) for part in torch.split(pixels, 256)])
     generator = run.rng.generator("start")
     shape = (pixels.shape[-2], pixels.shape[-1])
     raw_mask = torch.randn(len(neurons), *shape, generator=generator).sub(1).to(run.device).requires_grad_()
