@@ -321,6 +321,7 @@ def test_a_recovered_trigger_is_unlearnt(tmp_path: Path) -> None:
     assert found["cosine_stamped"] > 0.9
     assert found["cosine_stamped_after"] < 0.6
     assert done.evidence["recovered"] is False
+    assert isinstance(done.trigger, MaskedPattern)
     assert done.evidence["utility_after"] >= 0.5
     assert not any(name.startswith("recovery") for name in done.history)
 

@@ -103,6 +103,8 @@ class Purified:
 
     encoder: Encoder
     history: History
+    trigger: Trigger | None = None
+    """A trigger that the defense recovered from the suspect, if it recovers any."""
     evidence: dict[str, Any] = field(default_factory=dict)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from pydantic import Field
@@ -71,6 +71,16 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "utility_floor": UTILITY_FLOOR,
     },
 }
+
+
+class _Source(NamedTuple):
+    """Triggers to unlearn."""
+
+    stamp: Stamp
+    parts: list[tuple[dict[str, float], Stamp]]
+    """Each of its parts, with what is known of it."""
+    example: MaskedPattern
+    curves: History
 
 
 @register
@@ -198,11 +208,12 @@ class SSLDefender(Defense):
             run=run,
         )
         teacher, start = self._teacher(repair, run), repair.suspect
-        history, stamps, rounds = History(), list[Stamp](), list[dict[str, Any]]()
+        history, stamps, rounds, shown = History(), list[Stamp](), list[dict[str, Any]](), given
         for number in range(1 if given else self.rounds):
             part = run.child("round", number)
-            stamp, parts, curves = self._triggers(given, start, repair, part)
-            stamps.append(stamp)
+            source = _known(given) if given else self._recovered(start, repair.images, part)
+            stamps.append(source.stamp)
+            shown = shown or source.example
             done = unlearn(
                 start,
                 teacher,
@@ -213,9 +224,9 @@ class SSLDefender(Defense):
                 views=self.views,
                 run=part,
             )
-            for name, curve in (curves | done.history).items():
+            for name, curve in (source.curves | done.history).items():
                 history.setdefault(name, []).extend(curve)
-            found = _measured(parts, start, done.encoder, repair.gate.images, part)
+            found = _measured(source.parts, start, done.encoder, repair.gate.images, part)
             rounds.append({"triggers": found, **done.evidence(repair.gate)})
             start = done.encoder.frozen()
         reasons = [entry["fallback"] for entry in rounds if entry["fallback"]]
@@ -225,18 +236,13 @@ class SSLDefender(Defense):
             "utility_after": rounds[-1]["utility_after"],
             "fallback": reasons[0] if reasons else None,
         }
-        return Purified(encoder=done.encoder, history=history, evidence=evidence)
+        return Purified(encoder=done.encoder, history=history, evidence=evidence, trigger=shown)
 
-    def _triggers(
-        self, given: MaskedPattern | None, start: Encoder, repair: Repair, run: Run
-    ) -> tuple[Stamp, list[tuple[dict[str, float], Stamp]], History]:
-        """What stamps a batch, each of its parts with what is known of it, and curves."""
-        if given is not None:
-            return given, [({"size": float(given.mask.mean())}, given)], {}
-        plan = self._recovery(start, repair.images, run)
-        found = recover(start, repair.images, plan, run=run.child("recover"))
+    def _recovered(self, start: Encoder, images: ImageSet, run: Run) -> _Source:
+        plan = self._recovery(start, images, run)
+        found = recover(start, images, plan, run=run.child("recover"))
         curves = {f"recovery/{name}": curve for name, curve in found.history.items()}
-        return found.stamp(self.turns), found.parts(), curves
+        return _Source(found.stamp(self.turns), found.parts(), found.example(-1, run.rng), curves)
 
     def _given(self, images: ImageSet) -> MaskedPattern | None:
         if self.recovered_trigger is None:
@@ -292,6 +298,10 @@ class SSLDefender(Defense):
             weight_decay=self.weight_decay,
             schedule=self.schedule,
         )
+
+
+def _known(given: MaskedPattern) -> _Source:
+    return _Source(given, [({"size": float(given.mask.mean())}, given)], given, {})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from encoderguard.fidelity import label_free_fidelity
 from encoderguard.images import ImageSet
 from encoderguard.jobs.facts import encoder_facts
 from encoderguard.jobs.folder import ARRAYS, ENCODER, RECOVERED
-from encoderguard.jobs.found import found_arrays
+from encoderguard.jobs.found import found_arrays, recovered
 from encoderguard.jobs.job import Job
 from encoderguard.jobs.options import JobOptions
 from encoderguard.jobs.pictures import embeddings, examples, write_arrays
@@ -109,7 +109,8 @@ def purify(
         defense: name of a defense, or the defense itself.
         settings: of the named defense.
         count: images to draw with the seed; 2,000 unless given.
-        options: see JobOptions. ``out`` receives ``encoder.safetensors``, the record and the report.
+        options: see JobOptions. ``out`` receives ``encoder.safetensors``, the record and the report, and
+            ``recovered-trigger.json`` from a defense that recovers one.
 
     Raises:
         UsageError: an argument cannot be used as given.
@@ -130,9 +131,11 @@ def purify(
         if reason := done.evidence.get("fallback"):
             job.warn(str(reason))
         maps = {"embedding_before": suspect, "embedding_after": done.encoder}
-        arrays = examples(used) | embeddings(maps, used, run=run)
+        arrays = examples(used) | recovered(used, done.trigger) | embeddings(maps, used, run=run)
         fidelity = _fidelity(done.encoder, suspect, used, whole, rest, run)
         job.output(ENCODER, partial(done.encoder.save, provenance=job.provenance()))
+        if done.trigger is not None:
+            job.output(RECOVERED, partial(save_trigger, done.trigger))
         job.output(ARRAYS, partial(write_arrays, arrays))
         record = job.finish(
             result_encoder=encoder_facts(done.encoder),
