@@ -26,6 +26,7 @@ from encoderguard.images import ImageSet
 from encoderguard.methods import DataPoisoning, Detection, Detector, EncoderAttack
 from encoderguard.registry import FAMILIES, method_class, method_names
 from encoderguard.run import Run, Stopped, StopSignal
+from encoderguard.zoo.manifest import Entry, Manifest, sha256_of, write_manifest
 
 TINY = size_named("tiny").model_copy(
     update={
@@ -105,7 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", suite_names())
 def test_every_suite_plans_in_every_size(name: str) -> None:
-    for size in ("tiny", "small", "paper"):
+    for size in ("tiny", "digits", "small", "paper"):
         suite = load_suite(name).sized(size)
         made = make_plan(suite, size_named(size), size, digest=str)
         assert made.rows
@@ -129,6 +130,51 @@ def test_a_setting_changes_what_depends_on_it_and_nothing_else() -> None:
 def test_other_images_are_other_cells() -> None:
     other = make_plan(SUITE, TINY, "tiny", digest=lambda spec: "something else")
     assert not set(other.cells()) & set(plan().cells())
+
+
+def _zoo(folder: Path) -> Path:
+    """Two files and a manifest that says what they are."""
+    folder.mkdir()
+    files = {name: f"{name}.safetensors" for name in ("simclr-s1", "badencoder-t7-s1")}
+    for file in (*files.values(), "trigger.json"):
+        (folder / file).write_text(file)
+    downstream = {"train": "digits:train", "test": "digits:test"}
+    known: dict[str, Any] = {"status": "built", "pretrain": "simclr", "seed": 1, "downstream": downstream}
+    digests = {name: sha256_of(folder / file) for name, file in files.items()}
+    clean, bad = (
+        known | {"name": name, "bundle": file, "bundle_sha256": digests[name]} for name, file in files.items()
+    )
+    bad |= {"attack": "badencoder", "target": 7, "clean": "simclr-s1", "trigger_file": "trigger.json"}
+    bad["trigger_sha256"] = sha256_of(folder / "trigger.json")
+    write_manifest(Manifest(name="z", cells=[Entry(**clean), Entry(**bad)]), folder)
+    return folder
+
+
+def test_the_encoders_of_a_zoo_are_taken_as_they_are(tmp_path: Path) -> None:
+    size = TINY.model_copy(update={"zoo": str(_zoo(tmp_path / "zoo"))})
+    made = plan(size=size)
+    jobs = [cell.job for cell in made.cells()]
+    assert "pretrain" not in jobs
+    assert "attack" not in jobs
+    assert jobs.count("adopt") == 2
+    judged = [row.cells["evaluate"] for row in made.rows if "evaluate" in row.cells]
+    assert {cell.extra["target"] for cell in judged} == {7}
+    adopted = [cell for cell in made.cells() if cell.job == "adopt"]
+    store = Store(tmp_path / "store")
+    assert run(adopted, store)[0].failed == {}
+    bad = next(cell for cell in adopted if cell.method == "badencoder")
+    assert (store.folder(bad) / "trigger.json").read_text() == "trigger.json"
+    (tmp_path / "zoo" / "badencoder-t7-s1.safetensors").write_text("other")
+    failed = run(adopted, Store(tmp_path / "again"))[0].failed
+    assert "is not what the zoo's manifest describes" in failed[bad]
+
+
+def test_what_a_zoo_does_not_hold_is_named(tmp_path: Path) -> None:
+    size = TINY.model_copy(update={"zoo": str(_zoo(tmp_path / "zoo"))})
+    wanted = SUITE.model_copy(update={"attacks": (Choice(name="drupe"),)})
+    assert plan(wanted, size).missing == ("drupe on simclr: not run, the zoo z has none",)
+    with pytest.raises(UsageError, match="There is no zoo in"):
+        plan(size=TINY.model_copy(update={"zoo": str(tmp_path)}))
 
 
 def test_a_task_that_cannot_be_had_is_named_and_left_out() -> None:
@@ -161,7 +207,7 @@ def test_a_broken_suite_is_named(text: str, message: str, tmp_path: Path) -> Non
 def test_unknown_names_are_answered_with_known_ones() -> None:
     with pytest.raises(SettingError, match="There is no suite 'table9'; expected a TOML file or one of"):
         load_suite("table9")
-    with pytest.raises(SettingError, match="Unknown size 'huge'; expected one of: tiny, small, paper"):
+    with pytest.raises(SettingError, match="Unknown size 'huge'; expected one of: tiny, digits, small, paper"):
         size_named("huge")
     with pytest.raises(SettingError, match="names the task 'stl10'; the size has digits"):
         plan(SUITE.model_copy(update={"tasks": ("stl10",)}))
@@ -379,7 +425,7 @@ def test_a_folder_without_a_result(tmp_path: Path) -> None:
 
 def test_what_the_suites_name_is_registered() -> None:
     known = {f"{family}.{name}" for family in FAMILIES for name in method_names(family)}
-    for size in ("tiny", "small", "paper"):
+    for size in ("tiny", "digits", "small", "paper"):
         assert set(size_named(size).settings) <= known
     attacks = [method_class("attack", name) for name in method_names("attack")]
     assert all(issubclass(attack, EncoderAttack | DataPoisoning) for attack in attacks)

@@ -15,9 +15,9 @@ from typing import Any
 
 from encoderguard import jobs
 from encoderguard.bench.plan import Cell
-from encoderguard.bench.store import Store
+from encoderguard.bench.store import Store, file_digest
 from encoderguard.encoder import Encoder
-from encoderguard.errors import EncoderGuardError
+from encoderguard.errors import EncoderGuardError, UsageError
 from encoderguard.images import ImageSet, load_images
 from encoderguard.information import layer_profile
 from encoderguard.loading import load_encoder
@@ -132,6 +132,19 @@ def _poison(cell: Cell, store: Store, places: Places, options: dict[str, Any]) -
     return _lean(done.record)
 
 
+def _adopt(cell: Cell, store: Store, places: Places, options: dict[str, Any]) -> dict[str, Any]:
+    """Copy an encoder of a zoo, and its trigger, after comparing them with the manifest."""
+    folder, names = prepare_folder(store.folder(cell)), {"encoder": _BUNDLE, "trigger": _TRIGGER}
+    for role, path in cell.data.items():
+        try:
+            shutil.copyfile(path, folder / names[role])
+        except OSError as error:
+            raise UsageError(f"{path} cannot be copied: {error.strerror}; is the zoo whole?") from None
+        if file_digest(folder / names[role]) != cell.digests[role]:
+            raise UsageError(f"{path} is not what the zoo's manifest describes; run 'zoo verify'.")
+    return {"job": "adopt", **cell.extra}
+
+
 def _suspect(cell: Cell, store: Store) -> Encoder:
     """Weights and preprocessing alone: neither the file's path nor the provenance inside it."""
     if "encoder" in cell.data:
@@ -221,6 +234,7 @@ _WORK: dict[str, Callable[[Cell, Store, Places, dict[str, Any]], dict[str, Any]]
     "pretrain": _pretrain,
     "attack": _attack,
     "poison": _poison,
+    "adopt": _adopt,
     "scan": _scan,
     "purify": _purify,
     "evaluate": _evaluate,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from encoderguard.bench.suite import Choice, Size, Suite, Task
@@ -18,7 +19,7 @@ from encoderguard.registry import Family, create, method_class, method_names
 
 __all__ = ["NONE", "Cell", "Job", "Plan", "Row", "make_plan"]
 
-Job = Literal["pretrain", "attack", "poison", "scan", "purify", "evaluate", "profile"]
+Job = Literal["pretrain", "attack", "poison", "adopt", "scan", "purify", "evaluate", "profile"]
 NONE = "none"
 """The attack that leaves the clean encoder as it is, and the defense that leaves the suspect as it is."""
 _FORMAT = 1
@@ -36,7 +37,7 @@ class Cell:
     needs: dict[str, "Cell"] = field(default_factory=dict)
     """By role: the cells whose results this one starts from."""
     data: dict[str, str] = field(default_factory=dict)
-    """By role: image specs."""
+    """By role: image specs; of an adopted encoder its files."""
     digests: dict[str, str] = field(default_factory=dict)
     """By role: what those images were when the plan was made."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -130,12 +131,24 @@ class _Planner:
 
     def plan(self, name: str) -> Plan:
         tasks = [task for task in self._tasks() if self._available(task)]
+        if self.size.zoo is not None:
+            self._of_zoo(Path(self.size.zoo), tuple(tasks))
+            return self._made(name)
         for seed in self.size.seeds:
             for pretrain in self.suite.pretrains:
                 for attack in self.suite.attacks:
                     for task in self._aimed(attack, tasks):
-                        self._rows(seed, pretrain, attack, task)
+                        self._trained(seed, pretrain, attack, task)
+        return self._made(name)
+
+    def _made(self, name: str) -> Plan:
         return Plan(suite=self.suite, size=name, rows=tuple(self.rows), missing=tuple(self.missing))
+
+    def _of_zoo(self, folder: Path, tasks: tuple[Task, ...]) -> None:
+        from encoderguard.bench.victims import victims_in  # it makes cells
+
+        for victim in victims_in(folder, self.suite, tasks, self.missing.append):
+            self._rows(victim.seed, victim.facts, victim.clean, victim.suspect, victim.task)
 
     def _possible(self, suite: Suite) -> Suite:
         """The suite without methods that are not registered; they are named as not run."""
@@ -175,12 +188,15 @@ class _Planner:
             return [task for task in tasks if task.name != self.size.own_task] or tasks
         return [task for task in self.size.tasks if task.name == self.size.own_task and self._available(task)]
 
-    def _rows(self, seed: int, pretrain: str, attack: Choice, task: Task) -> None:
+    def _trained(self, seed: int, pretrain: str, attack: Choice, task: Task) -> None:
         clean = self._pretrained(seed, pretrain, attack.architecture)
         suspect = self._attacked(seed, pretrain, attack, task, clean)
         facts = {"pretrain": pretrain, "attack": attack.title, "task": task.name, "seed": seed}
         if attack.x is not None:
             facts["x"] = attack.x
+        self._rows(seed, facts, clean, suspect, task)
+
+    def _rows(self, seed: int, facts: dict[str, Any], clean: Cell, suspect: Cell, task: Task) -> None:
         if self.suite.kind == "profile":
             cells = {"profile": self._profile(seed, suspect, self._trigger_of(suspect))}
             self.rows.append(Row(facts=facts, cells=cells))
@@ -280,7 +296,7 @@ class _Planner:
 
     @staticmethod
     def _trigger_of(suspect: Cell) -> Cell | None:
-        if suspect.job == "attack":
+        if suspect.job == "attack" or "trigger" in suspect.digests:
             return suspect
         return suspect.needs.get("images")
 

@@ -20,8 +20,10 @@ __all__ = ["EngineName", "plans", "run_bench"]
 EngineName = Literal["local", "ray"]
 
 
-def plans(suites: Sequence[str], size: str, places: Places) -> list[Plan]:
+def plans(suites: Sequence[str], size: str, places: Places, *, zoo: Path | None = None) -> list[Plan]:
     """The plans of the named suites; ``all`` is every suite that comes with the package.
+
+    With ``zoo`` the encoders of that folder are taken, and nothing is trained or attacked.
 
     Raises:
         SettingError: an unknown suite, size, method, setting or task.
@@ -36,6 +38,8 @@ def plans(suites: Sequence[str], size: str, places: Places) -> list[Plan]:
         return digests[spec]
 
     chosen, base = size_named(size), Path(size).stem
+    if zoo is not None:
+        chosen = chosen.model_copy(update={"zoo": str(zoo)})
     as_size: Any = base if base in SizeName.__args__ else "small"  # type: ignore[attr-defined]
     return [make_plan(load_suite(name).sized(as_size), chosen, base, digest=digest) for name in names]
 
@@ -47,6 +51,7 @@ def run_bench(
     out: Path,
     store: Path | None = None,
     places: Places | None = None,
+    zoo: Path | None = None,
     engine: EngineName = "local",
     workers: int | None = None,
     progress: Progress = lambda task, done, total, note="": None,
@@ -56,10 +61,11 @@ def run_bench(
 
     Args:
         suites: names, TOML files, or ``all``.
-        size: ``tiny``, ``small``, ``paper``, or a TOML file with the fields of a size.
+        size: ``tiny``, ``digits``, ``small``, ``paper``, or a TOML file with the fields of a size.
         out: folder of the results.
         store: folder of the finished cells, shared by all suites; ``OUT/store`` by default.
         places: where data are, which device.
+        zoo: folder of a zoo whose encoders are taken instead of training and attacking anew.
         engine: worker processes here, or Ray.
         workers: cells at the same time; all cores by default.
         progress: shown as cells finish.
@@ -77,7 +83,7 @@ def run_bench(
         raise SettingError(f"Name a suite, or all; known are {', '.join(suite_names())}.")
     where, kept = places or Places(), Store(store or out / "store")
     count = workers or os.cpu_count() or 1
-    planned = plans(suites, size, where)
+    planned = plans(suites, size, where, zoo=zoo)
     cells = list(dict.fromkeys(cell for plan in planned for cell in plan.cells()))
 
     def make() -> Backend:

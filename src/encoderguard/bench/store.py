@@ -10,7 +10,7 @@ from encoderguard.bench.plan import Cell
 from encoderguard.errors import OutputError
 from encoderguard.storage import prepare_folder, write_text
 
-__all__ = ["CELL", "Store"]
+__all__ = ["CELL", "Store", "file_digest"]
 
 CELL = "cell.json"
 """Written last: a folder without it is not finished."""

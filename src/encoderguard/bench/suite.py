@@ -11,7 +11,7 @@ from encoderguard.errors import SettingError
 
 __all__ = ["Choice", "Size", "SizeName", "Suite", "Task", "load_suite", "size_named", "suite_names"]
 
-SizeName = Literal["tiny", "small", "paper"]
+SizeName = Literal["tiny", "digits", "small", "paper"]
 _HERE = Path(__file__).parent
 
 
@@ -54,6 +54,8 @@ class Size(_Model):
     seeds: tuple[int, ...] = (0,)
     settings: dict[str, dict[str, Any]] = {}
     """Settings by method, as ``family.name``; a suite's own override them."""
+    zoo: str | None = None
+    """Folder of a zoo whose encoders are taken instead of training and attacking anew."""
 
 
 class Choice(_Model):

@@ -22,12 +22,15 @@ Packs = Annotated[
 @bench.command("run")
 def run(
     suites: Annotated[list[str], typer.Argument(help="Suites by name or TOML file, or: all.")],
-    size: Annotated[str, typer.Option(help="tiny, small, paper, or a TOML file.")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, digits, small, paper, or a TOML file.")] = "tiny",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/bench"),
     store: Annotated[
         Path | None, typer.Option(help="Folder of finished cells.", show_default="OUT/store")
     ] = None,
     packs: Packs = None,
+    zoo: Annotated[
+        Path | None, typer.Option(help="Take the encoders of this zoo, instead of training and attacking.")
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Where torchvision keeps its data sets.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Download what is missing.")] = False,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Worker processes here, or Ray.")] = "local",
@@ -50,7 +53,7 @@ def run(
             device=device,
         )
         if dry_run:
-            for plan in plans(suites, size, places):
+            for plan in plans(suites, size, places, zoo=zoo):
                 print(f"{plan.suite.name}: {len(plan.cells())} cells, {len(plan.rows)} rows")
                 for line in plan.missing:
                     print(f"  {line}")
@@ -62,6 +65,7 @@ def run(
                 out=out,
                 store=store,
                 places=places,
+                zoo=zoo,
                 engine=engine,
                 workers=workers,
                 progress=progress,
