@@ -207,7 +207,7 @@ def test_a_broken_suite_is_named(text: str, message: str, tmp_path: Path) -> Non
 def test_unknown_names_are_answered_with_known_ones() -> None:
     with pytest.raises(SettingError, match="There is no suite 'table9'; expected a TOML file or one of"):
         load_suite("table9")
-    with pytest.raises(SettingError, match="Unknown size 'huge'; expected one of: tiny, digits, small, paper"):
+    with pytest.raises(SettingError, match="Unknown size 'huge'; expected one of: tiny, digits, small"):
         size_named("huge")
     with pytest.raises(SettingError, match="names the task 'stl10'; the size has digits"):
         plan(SUITE.model_copy(update={"tasks": ("stl10",)}))
