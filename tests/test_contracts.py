@@ -34,6 +34,7 @@ SHORT: dict[str, dict[str, object]] = {
     "clip": {"epochs": 1, "batch_size": 8, "text_width": 16, "vocabulary": 64},
     "adaptive_decree": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
     "adaptive_mimic": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
+    "adaptive_search": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
     "badencoder": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
     "drupe": {"epochs": 1, "batch_size": 8, "trigger_size": 3, "reference_views": 2},
     "transtroj": {"epochs": 1, "batch_size": 8, "trigger_epochs": 1},
