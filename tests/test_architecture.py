@@ -15,8 +15,8 @@ from tests.source_rules import FILES, PACKAGE, TREES, RunTime, imports, public_n
 # A name is a module or a whole package; inside one package the modules may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("random", "storage", "provenance"),
-    ("registry", "run", "progress"),
+    ("random", "storage", "provenance", "peers"),
+    ("registry", "run", "progress", "parallel"),
     ("image_decoding", "image_storage", "image_named", "image_sources", "image_view", "images"),
     ("triggers",),
     ("backbones", "recipes", "architectures", "bundles", "encoder"),

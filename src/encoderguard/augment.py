@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from encoderguard.peers import ALONE, Peers
+
 __all__ = [
     "AUGMENTATIONS",
     "LIGHT",
@@ -55,21 +57,26 @@ class Augmentation:
     """Without a crop: pixels of black border from which a window of the image's size is cut at random."""
 
     def __call__(
-        self, images: Tensor, generator: torch.Generator, *, size: tuple[int, int] | None = None
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        *,
+        size: tuple[int, int] | None = None,
+        peers: Peers = ALONE,
     ) -> Tensor:
         """One view per image: same range and device, and same height and width unless ``size`` says others.
 
-        Draws come from the CPU ``generator``. A crop's aspect ratio is in pixels of the image.
+        Draws come from the CPU ``generator``. A crop's aspect ratio is in pixels of the image. ``images`` is this
+        process's share where ``peers`` are several.
         """
-        n = images.shape[0]
-        draws = torch.rand((12, n), generator=generator).to(images.device)
+        draws = peers.rand(12, len(images), generator).to(images.device)
         views = self._geometry(images, draws, size or (images.shape[-2], images.shape[-1]))
         if self.jitter > 0 or self.grey > 0:
             views = self._colours(views, draws)
-        return self._blurred(views, generator) if self.blur > 0 else views
+        return self._blurred(views, generator, peers) if self.blur > 0 else views
 
-    def _blurred(self, views: Tensor, generator: torch.Generator) -> Tensor:
-        draws = torch.rand((2, len(views)), generator=generator)
+    def _blurred(self, views: Tensor, generator: torch.Generator, peers: Peers) -> Tensor:
+        draws = peers.rand(2, len(views), generator)
         picked = (draws[0] < self.blur).nonzero().squeeze(1)
         low, high = self.sigma
         sigma = (low + (high - low) * draws[1, picked]).to(views.device)
@@ -196,7 +203,9 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def random_patches(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def random_patches(
+    images: Tensor, probability: float, generator: torch.Generator, *, peers: Peers = ALONE, views: int = 1
+) -> Tensor:
     """Cover a random rectangle of some images with one random colour (random erasing, Zhong et al. 2020).
 
     Sides are 1/8 to 1/2 of the image's, places and colours uniform; nothing is taken from any trigger.
@@ -205,11 +214,13 @@ def random_patches(images: Tensor, probability: float, generator: torch.Generato
         images: ``[N, 3, H, W]`` in [0, 1]; unchanged.
         probability: share of the images that get a patch.
         generator: CPU generator of all draws.
+        peers: the processes of which ``images`` is one's share.
+        views: how many views of the share are stacked in ``images``.
     """
     if probability == 0:
         return images
     n, _, height, width = images.shape
-    draws = torch.rand((8, n), generator=generator).to(images.device)
+    draws = peers.rand(8, n, generator, views=views).to(images.device)
     inside = torch.ones(n, height, width, dtype=torch.bool, device=images.device)
     for row, length in ((0, height), (2, width)):
         side = (0.125 + 0.375 * draws[row]) * length

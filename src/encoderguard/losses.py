@@ -22,6 +22,9 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """SimCLR's loss (MIMIC Eq. 1): views ``a_i`` and ``b_i`` attract, the other ``2N - 2`` repel.
 
+    Among processes that train together the others are those of all of them, with gradient: the mean of their
+    losses is the loss of one process with all rows.
+
     Args:
         a: ``[N, D]`` projections of the first views.
         b: ``[N, D]`` projections of the second views.
@@ -29,7 +32,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """
     from lightly.loss import NTXentLoss
 
-    loss: Tensor = NTXentLoss(temperature=temperature)(a.float(), b.float())
+    loss: Tensor = NTXentLoss(temperature=temperature, gather_distributed=True)(a.float(), b.float())
     return loss
 
 

@@ -10,7 +10,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.errors import ImageError
 from encoderguard.features import extract
 from encoderguard.images import ImageSet
-from encoderguard.run import Run, StopSignal
+from encoderguard.run import Run
 
 __all__ = ["KNNMonitor"]
 
@@ -47,7 +47,7 @@ class KNNMonitor:
     def __call__(self, encoder: Encoder) -> dict[str, float]:
         """``{"knn": accuracy}``; the encoder keeps its weights and modes."""
         # a stop is for the training loop to act on: it saves first
-        run = replace(self.run, progress=_silent, stop=StopSignal(), checkpoint=None)
+        run = replace(self.run.silent(), checkpoint=None)
         bank = F.normalize(extract(encoder, self.train, run=run), dim=1)
         assert self.train.labels is not None
         assert self.test.labels is not None
@@ -58,7 +58,3 @@ class KNNMonitor:
         )
         right = voters.predict(extract(encoder, self.test, run=run)) == self.test.labels
         return {"knn": float(right.float().mean())}
-
-
-def _silent(task: str, done: int, total: int, note: str = "") -> None:
-    """Show nothing."""

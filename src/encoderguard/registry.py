@@ -49,6 +49,8 @@ class Method:
     """Class of cost, in words: forward passes only, a search, a fine-tuning, a training."""
     blind_spots: ClassVar[str] = ""
     """What the method does not cover, in one sentence."""
+    spreads: ClassVar[bool] = False
+    """Whether several devices may share each training step: its losses are then those of one device."""
 
     def __post_init__(self) -> None:
         """Check every setting against its annotation, so that Python and the command line agree."""

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 
 from encoderguard.errors import SettingError
+from encoderguard.peers import ALONE, Peers
 from encoderguard.random import Rng
 
 __all__ = ["Precision", "Progress", "Run", "StopSignal", "Stopped", "resolve_device"]
@@ -93,6 +94,8 @@ class Run:
     resume: bool = False
     """Continue from ``checkpoint`` if it exists."""
     stop: StopSignal = field(default_factory=StopSignal)
+    peers: Peers = ALONE
+    """The processes that train together; each has a run of its own."""
 
     @property
     def low_precision(self) -> bool:
@@ -104,6 +107,10 @@ class Run:
         if self.low_precision:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def silent(self) -> "Run":
+        """The same surroundings without a reader of progress and without anybody who could stop it."""
+        return replace(self, progress=_silent, stop=StopSignal())
 
     def child(self, *names: object) -> "Run":
         """The same surroundings with the random streams, and the checkpoint, of a named part."""

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from encoderguard.augment import Augmentation
-from encoderguard.errors import EncoderError, NonFiniteError
+from encoderguard.errors import EncoderError, ImageError, NonFiniteError
 from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
+from encoderguard.peers import ALONE, Peers, require_even_shares
 from encoderguard.plans import Plan, optimizer_for
 from encoderguard.random import Rng
 from encoderguard.run import Run, Stopped
@@ -44,6 +46,8 @@ class Batch:
     """Further pictures of this step that have another size: float32 ``[C, 3, H', W']``."""
     epoch: int = 0
     """The pass over the images that this step is part of, from 0."""
+    peers: Peers = ALONE
+    """The processes that share the step; all of the above is this process's share."""
 
     def views(self, augmentation: Augmentation, count: int = 2) -> list[Tensor]:
         """``count`` random views ``[B + C, 3, H, W]`` of every picture, those of canvases last."""
@@ -51,7 +55,7 @@ class Batch:
         return [self._view(augmentation, generator) for _ in range(count)]
 
     def _view(self, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-        own = augmentation(self.images, generator)
+        own = augmentation(self.images, generator, peers=self.peers)
         if self.canvases is None:
             return own
         size = (own.shape[-2], own.shape[-1])
@@ -76,7 +80,8 @@ def train(
 
     Args:
         model: holds everything that is trained; it is what a checkpoint stores.
-        loss: called under autocast with the images of a step; each value is one weighted scalar term.
+        loss: called under autocast with the images of a step; each value is one weighted scalar term. Where
+            several processes share a step, the term of the step is the mean of theirs.
         images: shuffled every epoch, canvases among them; the last incomplete batch of an epoch is dropped.
         plan: length, optimiser and schedule.
         run: seed, device, precision, progress, checkpoint.
@@ -93,7 +98,7 @@ def train(
         The mean of each term and of ``loss`` per epoch.
 
     Raises:
-        ImageError: fewer images than one batch.
+        ImageError: fewer images than one batch, or canvases where several processes share a step.
         NonFiniteError: a loss became NaN or infinite.
         Stopped: the user asked to stop; the state is saved first.
     """
@@ -127,7 +132,15 @@ class _Loop:
         self.step, self.sums, self.history = 0, dict[str, float](), History()
         self.saved = time.monotonic()
         self.pixels = _resident(images, run.device)
+        self.peers = run.peers
+        require_even_shares(plan.batch_size, self.peers.count)
+        if self.wide is not None and self.peers.count > 1:
+            raise ImageError(
+                f"{images.name} has {len(self.wide)} appended canvases, which several devices cannot share; "
+                "train on one device."
+            )
         self._resume()
+        self.around = self.peers.around(model)
 
     @property
     def between_epochs(self) -> bool:
@@ -139,38 +152,48 @@ class _Loop:
                 self.history.setdefault(name, []).append(value / self.per_epoch)
             self.sums = {}
             notes = [f"loss {self.history['loss'][-1]:.4f}"]
-            for name, value in (monitor(self.step // self.per_epoch) if monitor else {}).items():
+            for name, value in self._measured(monitor).items():
                 self.history.setdefault(name, []).append(value)
                 notes.append(f"{name} {value:.3f}")
             self.run.progress(self.task, self.step, self.total, ", ".join(notes))
         else:
             self.run.progress(self.task, self.step, self.total)
-        if self.run.stop.requested:
+        if self.peers.stopped(self.run.stop.requested, self.run.device):
             self._save()
+            self.peers.wait()  # the first to leave ends them all
             raise Stopped
         if time.monotonic() - self.saved > _SAVE_EVERY:
             self._save()
+
+    def _measured(self, monitor: Callable[[int], Mapping[str, float]] | None) -> Mapping[str, float]:
+        if monitor is None:
+            return {}
+        first = self.peers.rank == 0
+        return self.peers.agreed(monitor(self.step // self.per_epoch) if first else {})
 
     def terms(self, loss: Callable[[Batch], dict[str, Tensor]]) -> dict[str, Tensor]:
         epoch, place = divmod(self.step, self.per_epoch)
         size = self.plan.batch_size
         chosen = self.run.rng.permutation(self.count, "order", epoch)[place * size : (place + 1) * size]
-        wide = None
+        chosen, wide = self.peers.share(chosen), None
         if self.wide is not None:
             own = len(self.images)
             wide = self._floats(self.wide[chosen[chosen >= own] - own])
             chosen = chosen[chosen < own]
         source = self.images.take(chosen) if self.pixels is None else self.pixels[chosen.to(self.run.device)]
-        batch = Batch(self._floats(source), chosen, self.run.rng.child("step", self.step), wide, epoch)
+        rng = self.run.rng.child("step", self.step)
+        batch = Batch(self._floats(source), chosen, rng, wide, epoch, self.peers)
         with self.run.autocast():
-            return loss(batch)
+            return self.around(partial(loss, batch))
 
     def _floats(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.run.device).float().div_(255)
 
     def apply(self, terms: dict[str, Tensor]) -> None:
         total = torch.stack(list(terms.values())).sum()
-        values = {name: float(term.detach()) for name, term in (terms | {"loss": total}).items()}
+        shown = terms | {"loss": total}
+        means = self.peers.mean(torch.stack([term.detach() for term in shown.values()]))
+        values = dict(zip(shown, means.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             parts = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
             raise NonFiniteError(
@@ -187,7 +210,7 @@ class _Loop:
 
     def _save(self) -> None:
         path = self.run.checkpoint
-        if path is None:
+        if path is None or self.peers.rank > 0:
             return
         state = {
             "task": self.task,

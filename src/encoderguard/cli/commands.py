@@ -18,6 +18,9 @@ _SETS = "a folder, .npz or .parquet file, digits, or a name such as cifar10:trai
 _ENCODER = "A bundle (.safetensors), a checkpoint, timm:NAME or torchvision:NAME."
 
 EncoderArgument = Annotated[str, typer.Argument(metavar="ENCODER", help=_ENCODER, show_default=False)]
+Devices = Annotated[
+    int, typer.Option(min=1, help="Devices that share each training step; some methods need one.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in the folder.")]
 
 
@@ -46,6 +49,7 @@ def pretrain(
     monitor_test: Annotated[str | None, typer.Option(help="Labelled images that the accuracy is of.")] = None,
     monitor_every: Annotated[int, typer.Option(min=1, help="Epochs between two measurements.")] = 1,
     setting: Settings = None,
+    devices: Devices = 1,
     resume: Resume = False,
     *,
     common: Common,
@@ -68,6 +72,7 @@ def pretrain(
             monitor_train=monitor_train,
             monitor_test=monitor_test,
             monitor_every=monitor_every,
+            devices=devices,
             **options,
         ),
         resume=resume,
@@ -199,6 +204,7 @@ def purify(
     defense: Annotated[str, typer.Option(help="See 'encoderguard list'.")] = "mimic",
     count: Count = None,
     setting: Settings = None,
+    devices: Devices = 1,
     resume: Resume = False,
     *,
     common: Common,
@@ -211,7 +217,7 @@ def purify(
         f"purify-{defense}",
         common,
         lambda **options: jobs.purify(
-            encoder, images, defense=defense, settings=settings, count=count, **options
+            encoder, images, defense=defense, settings=settings, count=count, devices=devices, **options
         ),
         resume=resume,
     )

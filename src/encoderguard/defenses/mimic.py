@@ -108,6 +108,7 @@ class MIMIC(Defense):
     year: ClassVar[int] = 2024
     needs: ClassVar[str] = "clean unlabelled images"
     cost: ClassVar[str] = "a short training, with a forward pass of the suspect at each step"
+    spreads: ClassVar[bool] = True
     blind_spots: ClassVar[str] = (
         "Poison among the clean images is taught too; whether there was a backdoor stays open."
     )
@@ -219,9 +220,10 @@ class MIMIC(Defense):
     def _terms(
         self, batch: Batch, teacher: Encoder, student: Encoder, head: nn.Module, beta: list[float]
     ) -> dict[str, Tensor]:
-        n, generator = len(batch.images), batch.rng.generator("views")
-        views = torch.cat([SIMCLR(batch.images, generator), SIMCLR(batch.images, generator)])
-        seen = random_patches(views, self.patches, batch.rng.generator("patches"))
+        n, peers, generator = len(batch.images), batch.peers, batch.rng.generator("views")
+        views = torch.cat([SIMCLR(batch.images, generator, peers=peers) for _ in range(2)])
+        drawing = batch.rng.generator("patches")
+        seen = random_patches(views, self.patches, drawing, peers=peers, views=2)
         with torch.no_grad():
             aim, aim_stages = teacher.features_and_stages(views if self.compare == "both" else views[:n])
         features, stages = student.features_and_stages(seen)

@@ -125,8 +125,8 @@ def purify(
         used, rest = job.draw(whole, count, PURIFY_IMAGES)
         job.check(suspect, used)
         job.begin()
-        with job.timing() as run:
-            done = chosen.purify(suspect, used, run=run)
+        run = job.run
+        done = job.perform(chosen.purify, suspect, used)
         job.check(done.encoder, used)
         if reason := done.evidence.get("fallback"):
             job.warn(str(reason))

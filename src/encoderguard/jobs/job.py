@@ -19,8 +19,9 @@ from encoderguard.jobs.facts import encoder_facts, image_facts, machine_facts, p
 from encoderguard.jobs.folder import REPORT
 from encoderguard.jobs.options import JobOptions, check_options, open_folder, surroundings
 from encoderguard.loading import check_encoder, load_encoder
-from encoderguard.provenance import source_facts
-from encoderguard.registry import Family, Method, create
+from encoderguard.peers import require_even_shares
+from encoderguard.provenance import peak_memory_bytes, source_facts
+from encoderguard.registry import Family, Method, create, method_class, method_names
 from encoderguard.report import write_report
 from encoderguard.results import Record
 from encoderguard.run import Run
@@ -30,6 +31,7 @@ __all__ = ["Job"]
 _LOG = logging.getLogger("encoderguard")
 _CHECK_LEAST, _CHECK_MOST = 8, 128
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
 class Job(Generic[R]):
@@ -39,6 +41,7 @@ class Job(Generic[R]):
         check_options(options)
         self._began, self._created = time.perf_counter(), datetime.now(UTC)
         self.options, self._kind = options, kind
+        self.devices = options.get("devices", 1)
         run = surroundings(options)
         self.folder = open_folder(options)
         self.run = run if self.folder is None else replace(run, checkpoint=self.folder.checkpoint)
@@ -73,6 +76,8 @@ class Job(Generic[R]):
             raise SettingError("Settings go with a method's name; a method object has its own already.")
         else:
             method, passed = given, passed_settings(given)
+        if self.devices > 1:
+            _require_spreading(method, self.devices)
         self.note(method=method.name, settings=method.settings(), settings_passed=passed)
         return method
 
@@ -163,6 +168,24 @@ class Job(Generic[R]):
             }
             self.folder.begin(same | identity)
 
+    def perform(self, work: Callable[..., T], *args: Any, part: str | None = None, **kwargs: Any) -> T:
+        """``work(*args, run=..., **kwargs)``, timed, on as many devices as were asked for.
+
+        ``part`` names the random streams of the work, if they are not those of the job.
+
+        Raises:
+            SettingError: there are not so many devices, or what they need cannot be handed to them.
+        """
+        with self.timing() as run:
+            run = run if part is None else replace(run, rng=run.rng.child(part))
+            if self.devices == 1:
+                return work(*args, run=run, **kwargs)
+            from encoderguard.parallel import spread
+
+            done = spread(work, *args, run=run, devices=self.devices, **kwargs)
+            self.note(peak_device_memory_bytes=done.device_memory)
+            return done.result
+
     @contextmanager
     def timing(self) -> Iterator[Run]:
         """Time the method; gives the surroundings to run it in."""
@@ -224,6 +247,19 @@ class Job(Generic[R]):
             "seconds": time.perf_counter() - self._began,
             "command": None if command is None else list(command),
             **machine_facts(self.run),
+            "devices": self.devices,
+            "peak_memory_bytes": peak_memory_bytes(children=self.devices > 1),
             **self.facts,
         }
         return self._kind(**(values | facts))
+
+
+def _require_spreading(method: Method, devices: int) -> None:
+    """Before any work: the method must be one that several devices can share."""
+    if not method.spreads:
+        ready = ", ".join(name for name in method_names(method.family) if method_class(method.family, name).spreads)
+        raise SettingError(
+            f"'{method.name}' cannot be shared by {devices} devices; use one device"
+            + (f", or one of: {ready}." if ready else ".")
+        )
+    require_even_shares(getattr(method, "batch_size", devices), devices)

@@ -19,6 +19,8 @@ class JobOptions(TypedDict, total=False):
     """Same seed, same result; 0 by default."""
     device: str
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    devices: int
+    """How many devices share each training step, one process each; 1 by default. Not every method can."""
     precision: Precision | Literal["auto"]
     out: Path | str | None
     """Folder for the record, the report and the outputs; None writes nothing."""
@@ -51,6 +53,8 @@ def check_options(options: JobOptions) -> None:
         raise SettingError(f"Unknown option '{unknown[0]}'; expected one of: {', '.join(sorted(known))}.")
     if options.get("precision", "auto") not in ("auto", "bf16", "float32"):
         raise SettingError(f"The precision must be auto, bf16 or float32, found '{options['precision']}'.")
+    if options.get("devices", 1) < 1:
+        raise SettingError(f"The number of devices must be at least 1, found {options['devices']}.")
 
 
 def surroundings(options: JobOptions) -> Run:

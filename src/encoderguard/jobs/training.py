@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -93,12 +92,9 @@ def pretrain(
         used, _ = job.draw(_training_images(job, chosen, images), count)
         monitor = _monitor(job, monitor_train, monitor_test, monitor_every)
         job.begin()
-        with job.timing() as run:
-            done = chosen.train(
-                encoder, used, run=replace(run, rng=run.rng.child("pretrain")), monitor=monitor
-            )
+        done = job.perform(chosen.train, encoder, used, part="pretrain", monitor=monitor)
         job.check(done.encoder, used)
-        arrays = examples(used) | embeddings({"embedding": done.encoder}, used, run=run)
+        arrays = examples(used) | embeddings({"embedding": done.encoder}, used, run=job.run)
         job.output(ENCODER, partial(done.encoder.save, provenance=job.provenance()))
         if done.head is not None:
             job.output(HEAD, partial(write_head, done.head))
@@ -127,7 +123,10 @@ def _monitor(
     if every < 1:
         raise SettingError(f"The epochs between two measurements must be at least 1, found {every}.")
     return KNNMonitor(
-        train=job.images(train, labels=True), test=job.images(test, labels=True), run=job.run, every=every
+        train=job.images(train, labels=True),
+        test=job.images(test, labels=True),
+        run=job.run.silent(),
+        every=every,
     )
 
 

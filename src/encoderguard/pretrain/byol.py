@@ -43,6 +43,7 @@ class BYOL(Pretraining):
     year: ClassVar[int] = 2020
     needs: ClassVar[str] = "unlabelled images, at least one batch"
     cost: ClassVar[str] = "training: two views forward and backward and two views forward per image and epoch"
+    spreads: ClassVar[bool] = True
     blind_spots: ClassVar[str] = "features can collapse with very small batches or without the predictor"
 
     epochs: Annotated[int, Field(ge=1)] = 200

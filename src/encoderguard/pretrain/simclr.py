@@ -71,6 +71,7 @@ class SimCLR(Pretraining):
     year: ClassVar[int] = 2020
     needs: ClassVar[str] = "unlabelled images, at least one batch"
     cost: ClassVar[str] = "training: two views per image and epoch, forward and backward"
+    spreads: ClassVar[bool] = True
     blind_spots: ClassVar[str] = "small batches give few negatives; no training over several machines"
 
     mode: Mode = "default"

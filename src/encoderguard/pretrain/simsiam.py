@@ -39,6 +39,7 @@ class SimSiam(Pretraining):
     year: ClassVar[int] = 2021
     needs: ClassVar[str] = "unlabelled images, at least one batch"
     cost: ClassVar[str] = "training: two views per image and epoch, forward and backward"
+    spreads: ClassVar[bool] = True
     blind_spots: ClassVar[str] = "features can collapse with other optimisers or without the predictor"
 
     epochs: Annotated[int, Field(ge=1)] = 300

@@ -38,6 +38,7 @@ class Supervised(Pretraining):
     year: ClassVar[int] = 2016
     needs: ClassVar[str] = "labelled images, at least one batch"
     cost: ClassVar[str] = "training: one view per image and epoch, forward and backward"
+    spreads: ClassVar[bool] = True
     blind_spots: ClassVar[str] = "features fit the labels trained on and may not transfer to other tasks"
     needs_labels: ClassVar[bool] = True
 

@@ -87,7 +87,7 @@ class Record(_Part):
     method_seconds: float | None = None
     """Wall clock of the method alone."""
     peak_memory_bytes: int | None = None
-    """Largest resident size of the process until the job ended."""
+    """Largest resident size of the process until the job ended; of several, of the largest."""
     peak_device_memory_bytes: int | None = None
     """Largest amount of accelerator memory held by tensors; None on the CPU."""
     method: str | None = None
@@ -98,6 +98,8 @@ class Record(_Part):
     seed: int = 0
     device: str = "cpu"
     device_name: str | None = None
+    devices: int = 1
+    """Processes that shared each training step, one per device."""
     precision: str | None = None
     threads: int | None = None
     encoder: EncoderFacts | None = None
