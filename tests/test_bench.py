@@ -11,7 +11,8 @@ import pytest
 
 from encoderguard import registry
 from encoderguard.bench.cells import Places
-from encoderguard.bench.engine import attempt, run_cells
+from encoderguard.bench.engine import run_cells
+from encoderguard.bench.local import attempt
 from encoderguard.bench.notation import as_csv, as_latex, as_markdown
 from encoderguard.bench.outcome import collect, write_result
 from encoderguard.bench.page import tables_of, verify, verify_all, write_pages
@@ -62,6 +63,8 @@ def plan(suite: Suite = SUITE, size: Size = TINY) -> Plan:
 class Here:
     """A backend without processes; ``lose`` names jobs whose worker dies the first time."""
 
+    at_once = 1
+
     def __init__(self, store: Store, lose: Iterable[str] = ()) -> None:
         self.store, self.lose, self.order = store, set(lose), list[str]()
         self._done: dict[int, tuple[str | None, bool]] = {}
@@ -85,7 +88,7 @@ class Here:
 
 def run(cells: list[Cell], store: Store, **options: Any) -> tuple[Any, Here]:
     backend = Here(store, **options)
-    outcome = run_cells(cells, store, lambda: backend, progress=lambda *_: None, stop=StopSignal(), at_once=1)
+    outcome = run_cells(cells, store, lambda: backend, progress=lambda *_: None, stop=StopSignal())
     return outcome, backend
 
 
@@ -245,7 +248,7 @@ def test_a_broken_cell_is_set_aside_and_computed_again(harm: str, finished: Path
         bundle.unlink()
     outcome, backend = run(plan().cells(), store)
     assert backend.order == ["pretrain"]
-    assert outcome.quarantined[0].startswith(f"pretrain simclr {cell.key[:12]}: ")
+    assert outcome.quarantined[0].startswith(f"pretrain simclr (seed 0) {cell.key[:12]}: ")
     assert (tmp_path / "store" / "quarantine" / cell.key).is_dir()
     again = Encoder.load(bundle)
     bundle.write_bytes(before)
@@ -436,6 +439,7 @@ def test_what_the_suites_name_is_registered() -> None:
 
 def test_a_fleet_is_scanned_once(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from encoderguard.bench import fleet
+    from encoderguard.bench import run as bench_run
 
     store = Store(finished / "store")
     bundles = [
@@ -451,7 +455,7 @@ def test_a_fleet_is_scanned_once(finished: Path, tmp_path: Path, monkeypatch: py
         backends.append(Here(kept))
         return backends[-1]
 
-    monkeypatch.setattr(fleet, "Local", here)
+    monkeypatch.setattr(bench_run, "Local", here)
     settings = {"max_steps": 4, "batch_size": 8}
     for _ in range(2):
         found = fleet.scan_fleet(

@@ -6,14 +6,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from encoderguard.errors import OutputError, StorageError
+from encoderguard.errors import EncoderGuardError, OutputError, StorageError
 
-__all__ = ["prepare_folder", "write_atomic", "write_text"]
+__all__ = ["prepare_folder", "translated", "write_atomic", "write_text"]
 
+_ROOM = 1 << 20
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
-def _translated(error: OSError, path: Path) -> Exception:
+def translated(error: OSError, path: Path) -> EncoderGuardError:
+    """What went wrong in writing, as one sentence: StorageError if it was the disk, else OutputError."""
     reason = error.strerror or str(error)
     if error.errno in _STORAGE_ERRNOS:
         return StorageError(
@@ -36,7 +38,7 @@ def prepare_folder(path: Path) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise OutputError(f"The output {path} must be a folder, but a file of that name exists.") from None
     except OSError as error:
-        raise _translated(error, path) from error
+        raise translated(error, path) from error
     return path
 
 
@@ -52,16 +54,29 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # the umask's; some libraries make their files private
-        write(temporary)
+        try:
+            write(temporary)
+        except OSError:
+            raise
+        except Exception:  # torch and safetensors have errors of their own for a full disk
+            _check_room(temporary)
+            raise
         temporary.chmod(mode)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise _translated(error, path) from error
+        raise translated(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _check_room(path: Path) -> None:
+    """Raises OSError if no more can be written to the file."""
+    with path.open("ab") as stream:
+        stream.write(bytes(_ROOM))
+        os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> Path:

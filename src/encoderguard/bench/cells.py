@@ -1,13 +1,11 @@
-"""Computes one cell, by the jobs that everybody uses.
+"""What a cell of each kind computes, by the jobs that everybody uses.
 
 This is where oracles would leak, so what a detector or a defense is handed is made here: an encoder object
-without its file, images without labels, and a folder to work in that lies apart from the store. Trigger and
-target go to attacks and to evaluations only.
+without its file, and images without labels; ``computing`` adds a folder to work in that lies apart from the
+store. Trigger and target go to attacks and to evaluations only.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from encoderguard import jobs
 from encoderguard.bench.plan import Cell
 from encoderguard.bench.store import Store, file_digest
 from encoderguard.encoder import Encoder
-from encoderguard.errors import EncoderGuardError, UsageError
+from encoderguard.errors import UsageError
 from encoderguard.images import ImageSet, load_images
 from encoderguard.information import layer_profile
 from encoderguard.loading import load_encoder
@@ -27,7 +25,7 @@ from encoderguard.run import Run, resolve_device
 from encoderguard.storage import prepare_folder
 from encoderguard.triggers import Trigger, load_trigger
 
-__all__ = ["Places", "compute", "open_images", "place_of"]
+__all__ = ["JOBS", "Places", "open_images", "place_of"]
 
 _BUNDLE, _TRIGGER, _POISONED = "encoder.safetensors", "trigger.json", "poisoned.npz"
 
@@ -58,41 +56,6 @@ def open_images(spec: str, places: Places, *, size: int | None = None, labels: b
     return load_images(
         place_of(spec, places), size=size, data_root=root, download=places.download, labels=labels
     )
-
-
-def compute(cell: Cell, store: Store, places: Places) -> None:
-    """Run the cell's job into its folder, and mark it as finished; what it needs is finished.
-
-    Raises:
-        EncoderGuardError: the job failed; the store has no such cell then.
-    """
-    store.clear(cell)
-    blind = cell.job in ("scan", "purify")
-    folder = _apart(cell) if blind else store.folder(cell)
-    options: dict[str, Any] = {
-        "seed": cell.seed,
-        "device": places.device,
-        "out": folder,
-        "resume": any(folder.glob("checkpoint*.pt")),
-        "image_size": cell.extra.get("image_size"),
-        "data_root": places.data_root,
-        "download": places.download,
-    }
-    try:
-        record = _WORK[cell.job](cell, store, places, options)
-    except EncoderGuardError as error:
-        raise type(error)(f"{cell.job} {cell.method} (seed {cell.seed}): {error}") from error
-    if blind:
-        shutil.move(folder, prepare_folder(store.folder(cell).parent) / cell.key)
-    store.finish(cell, record)
-
-
-def _apart(cell: Cell) -> Path:
-    """The same for the same cell, so that a killed one resumes; nothing of the attack lies near it."""
-    folder = Path(tempfile.gettempdir()) / f"encoderguard-{cell.key[:32]}"
-    if folder.exists() and not any(folder.glob("checkpoint*.pt")):
-        shutil.rmtree(folder)
-    return folder
 
 
 def _pretrain(cell: Cell, store: Store, places: Places, options: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +193,7 @@ def _profile(cell: Cell, store: Store, places: Places, options: dict[str, Any]) 
     }
 
 
-_WORK: dict[str, Callable[[Cell, Store, Places, dict[str, Any]], dict[str, Any]]] = {
+JOBS: dict[str, Callable[[Cell, Store, Places, dict[str, Any]], dict[str, Any]]] = {
     "pretrain": _pretrain,
     "attack": _attack,
     "poison": _poison,
@@ -240,6 +203,7 @@ _WORK: dict[str, Callable[[Cell, Store, Places, dict[str, Any]], dict[str, Any]]
     "evaluate": _evaluate,
     "profile": _profile,
 }
+"""By job: computes a cell with the options of the job, into the folder ``out``; gives its record."""
 
 
 def _lean(record: Record) -> dict[str, Any]:
@@ -249,11 +213,3 @@ def _lean(record: Record) -> dict[str, Any]:
     facts.get("evidence", {}).pop("curves", None)
     facts["folder"] = None
     return facts
-
-
-def single_threaded(threads: int) -> None:
-    """Called in a worker process before it computes: workers share the cores instead of fighting for them."""
-    import torch
-
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)

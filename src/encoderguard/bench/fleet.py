@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from encoderguard.bench.cells import Places, open_images
-from encoderguard.bench.engine import Backend, Local, run_cells
+from encoderguard.bench.engine import run_cells
 from encoderguard.bench.notation import Sheet, as_csv, as_markdown
 from encoderguard.bench.plan import Cell
-from encoderguard.bench.run import EngineName
+from encoderguard.bench.run import EngineName, backend
 from encoderguard.bench.store import Store, file_digest
 from encoderguard.errors import SettingError
 from encoderguard.registry import create
@@ -52,6 +51,7 @@ def scan_fleet(
     places: Places | None = None,
     engine: EngineName = "local",
     workers: int | None = None,
+    accelerators: float | None = None,
     progress: Progress = lambda task, done, total, note="": None,
     stop: StopSignal | None = None,
 ) -> list[dict[str, Any]]:
@@ -68,7 +68,8 @@ def scan_fleet(
         out: folder of the results and of the finished scans.
         places: where data are, which device.
         engine: worker processes here, or Ray.
-        workers: scans at the same time; all cores by default.
+        workers: scans at the same time; all cores, or what the Ray cluster has room for, by default.
+        accelerators: share of one for each scan, with Ray; a whole one by default where there are any.
         progress: shown as scans finish.
         stop: set it to stop; finished scans are kept.
 
@@ -79,7 +80,8 @@ def scan_fleet(
         UsageError: an argument cannot be used as given.
         Stopped: the user asked to stop.
     """
-    where, store, at_once = places or Places(), Store(out / "store"), workers or os.cpu_count() or 1
+    where, store = places or Places(), Store(out / "store")
+    make = backend(engine, store, where, workers=workers, accelerators=accelerators)
     used = create("detector", detector, settings).settings()
     digest = open_images(images, where).digest
     cells = [
@@ -94,15 +96,7 @@ def scan_fleet(
         )
         for spec in specs
     ]
-
-    def make() -> Backend:
-        if engine == "ray":
-            from encoderguard.bench.on_ray import OnRay
-
-            return OnRay(store, where, workers=at_once)
-        return Local(store, where, workers=at_once)
-
-    outcome = run_cells(cells, store, make, progress=progress, stop=stop or StopSignal(), at_once=at_once)
+    outcome = run_cells(cells, store, make, progress=progress, stop=stop or StopSignal())
     found = []
     for spec, cell in zip(specs, cells, strict=True):
         record = {} if cell in outcome.failed else store.facts(cell)["record"]

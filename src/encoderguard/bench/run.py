@@ -1,12 +1,13 @@
 """Runs suites: plan, compute what is missing, write tables and figures."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from encoderguard.bench.cells import Places, open_images
-from encoderguard.bench.engine import Backend, Local, Outcome, run_cells
+from encoderguard.bench.engine import Backend, Outcome, run_cells
+from encoderguard.bench.local import Local
 from encoderguard.bench.outcome import collect, write_result
 from encoderguard.bench.page import write_pages
 from encoderguard.bench.plan import Plan, make_plan
@@ -15,9 +16,35 @@ from encoderguard.bench.suite import SizeName, load_suite, size_named, suite_nam
 from encoderguard.errors import RunError, SettingError
 from encoderguard.run import Progress, StopSignal
 
-__all__ = ["EngineName", "plans", "run_bench"]
+__all__ = ["EngineName", "backend", "plans", "run_bench"]
 
 EngineName = Literal["local", "ray"]
+
+
+def backend(
+    engine: EngineName,
+    store: Store,
+    places: Places,
+    *,
+    workers: int | None = None,
+    accelerators: float | None = None,
+) -> Callable[[], Backend]:
+    """Makes the backend of that name, when there is something to compute.
+
+    Raises:
+        SettingError: shares of accelerators are asked of the local engine.
+    """
+    if engine == "local" and accelerators is not None:
+        raise SettingError("Shares of accelerators need Ray; leave --accelerators out, or add --engine ray.")
+
+    def make() -> Backend:
+        if engine == "ray":
+            from encoderguard.bench.on_ray import OnRay
+
+            return OnRay(store, places, workers=workers, accelerators=accelerators)
+        return Local(store, places, workers=workers or os.cpu_count() or 1)
+
+    return make
 
 
 def plans(suites: Sequence[str], size: str, places: Places, *, zoo: Path | None = None) -> list[Plan]:
@@ -54,6 +81,7 @@ def run_bench(
     zoo: Path | None = None,
     engine: EngineName = "local",
     workers: int | None = None,
+    accelerators: float | None = None,
     progress: Progress = lambda task, done, total, note="": None,
     stop: StopSignal | None = None,
 ) -> tuple[list[Path], Outcome]:
@@ -67,7 +95,8 @@ def run_bench(
         places: where data are, which device.
         zoo: folder of a zoo whose encoders are taken instead of training and attacking anew.
         engine: worker processes here, or Ray.
-        workers: cells at the same time; all cores by default.
+        workers: cells at the same time; all cores, or what the Ray cluster has room for, by default.
+        accelerators: share of one for each cell, with Ray; a whole one by default where there are any.
         progress: shown as cells finish.
         stop: set it to stop; cells resume from their checkpoints.
 
@@ -82,18 +111,11 @@ def run_bench(
     if not suites:
         raise SettingError(f"Name a suite, or all; known are {', '.join(suite_names())}.")
     where, kept = places or Places(), Store(store or out / "store")
-    count = workers or os.cpu_count() or 1
+    make = backend(engine, kept, where, workers=workers, accelerators=accelerators)
     planned = plans(suites, size, where, zoo=zoo)
     cells = list(dict.fromkeys(cell for plan in planned for cell in plan.cells()))
 
-    def make() -> Backend:
-        if engine == "ray":
-            from encoderguard.bench.on_ray import OnRay
-
-            return OnRay(kept, where, workers=count)
-        return Local(kept, where, workers=count)
-
-    outcome = run_cells(cells, kept, make, progress=progress, stop=stop or StopSignal(), at_once=count)
+    outcome = run_cells(cells, kept, make, progress=progress, stop=stop or StopSignal())
     pages = []
     for plan in planned:
         folder = out / f"{plan.suite.name}-{plan.size}"

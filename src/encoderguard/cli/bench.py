@@ -17,6 +17,10 @@ Packs = Annotated[
     Path | None,
     typer.Option(envvar="ENCODERGUARD_DATA", help="Folder with image sets as subfolders, by name."),
 ]
+Accelerators = Annotated[
+    float | None,
+    typer.Option(min=0, help="Share of one for each, such as 0.25 (Ray).", show_default="1 if there are any"),
+]
 
 
 @bench.command("run")
@@ -37,6 +41,7 @@ def run(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Cells at the same time.", show_default="all cores")
     ] = None,
+    accelerators: Accelerators = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be computed.")] = False,
 ) -> int:
@@ -68,11 +73,12 @@ def run(
                 zoo=zoo,
                 engine=engine,
                 workers=workers,
+                accelerators=accelerators,
                 progress=progress,
                 stop=stop,
             )
-        for line in outcome.quarantined:
-            say(f"Warning: set aside and computed again: {line}")
+        if outcome.lost:
+            say(f"Warning: {len(outcome.lost)} workers died; their cells were computed again.")
         print(f"{len(outcome.computed)} cells computed, {len(outcome.kept)} were there.")
         for page in pages:
             print(page)
@@ -134,6 +140,7 @@ def scan_fleet(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Scans at the same time.", show_default="all cores")
     ] = None,
+    accelerators: Accelerators = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     setting: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the results.")] = False,
@@ -158,6 +165,7 @@ def scan_fleet(
                 places=Places(packs=None if packs is None else str(packs), device=device),
                 engine=engine,
                 workers=workers,
+                accelerators=accelerators,
                 progress=progress,
                 stop=stop,
             )
