@@ -116,6 +116,14 @@ def test_every_suite_plans_in_every_size(name: str) -> None:
         assert all(set(entry) & {"acc", "asr", "score", "seconds"} for entry in suite.published)
 
 
+@pytest.mark.parametrize("name", suite_names())
+def test_tiny_cells_are_short_and_have_enough_images(name: str) -> None:
+    """A method without settings of its own in this size would run at its full length."""
+    for cell in plan(load_suite(name).sized("tiny"), size_named("tiny")).cells():
+        assert cell.settings.get("epochs", 0) <= 10, cell.method
+        assert (cell.settings.get("batch_size") or 0) <= cell.extra.get("count", 1000), cell.method
+
+
 def test_the_same_cell_in_two_suites_is_one() -> None:
     other = SUITE.model_copy(update={"name": "other", "detectors": ()})
     assert set(plan(other).cells()) < set(plan().cells())
