@@ -1,0 +1,237 @@
+"""How well detectors tell a zoo's backdoored encoders from its clean ones, from one row per encoder.
+
+References are leave-one-out: a suspect stands beside the zoo's clean encoders except itself and except the
+one it was made from, which whoever received the suspect would hardly have. So a clean suspect and a
+backdoored one get equally many, which makes their scores comparable: a p-value beside two references is
+another one than beside ten.
+
+``tune`` holds the encoders of every third seed from 0 on, ``report`` the rest. Seed 0 is what was looked at
+while the search was written and its settings were tried; no setting may be chosen by ``report``.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from encoderguard import calibration
+from encoderguard.detectors._trigger_verdict import Rule, judge
+from encoderguard.detectors.abs import judge_share, wilson
+from encoderguard.zoo import Entry
+
+__all__ = [
+    "auroc",
+    "beside",
+    "bound_at",
+    "cases_of",
+    "cross_entropy",
+    "half",
+    "rates",
+    "references_of",
+    "summary",
+]
+
+FPR, WORKING, BOOTSTRAPS = 0.05, 0.8, 2000
+Row = Mapping[str, Any]
+Case = dict[str, Any]
+
+
+def half(entry: Entry) -> str:
+    """``tune`` or ``report``."""
+    return "tune" if entry.seed % 3 == 0 else "report"
+
+
+def references_of(entry: Entry, entries: Iterable[Entry]) -> list[str]:
+    """Names of the clean encoders that the suspect is judged beside."""
+    own = {key: entry.encoder.get(key) for key in ("architecture", "width", "stem")}
+    return [
+        other.name
+        for other in entries
+        if other.attack is None
+        and other.status == "built"
+        and other.name not in (entry.name, entry.clean)
+        and {key: other.encoder.get(key) for key in own} == own
+    ]
+
+
+def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, float | None]:
+    """Score (large is suspicious), verdict and p-value of one row beside the rows of clean encoders."""
+    name, settings = row["detector"], row["settings"]
+    if name == "trigger_search":
+        if not references:
+            return None, "inconclusive", None
+        rule = Rule(fpr=settings["fpr"], margin=settings["margin"], prior_spread=settings["prior_spread"])
+        found = judge(_statistics(row), [_statistics(r) for r in references], "references", rule)
+        # the score is 1 - p; its logarithm keeps apart what is all but 1
+        return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
+    clean = [r["score"] for r in references]
+    if name == "decree":
+        verdict = calibration.judge(
+            row["score"], tau=settings["tau"], margin=settings["margin"], own=clean
+        ).verdict
+        if not clean or row["score"] == 1.0:  # 1: no trigger was found
+            verdict = row["verdict"]
+        return -row["score"], verdict, calibration.rank_p_value(row["score"], clean)
+    if name == "abs" and clean and row["verdict"] != "clean" and row.get("moved_of"):
+        verdict, _ = judge_share(row["score"], row["moved_of"], settings["threshold"], clean)
+        return row["score"], verdict, None
+    return row["score"], row["verdict"], None
+
+
+def _statistics(row: Row) -> dict[str, float]:
+    return {family: value["statistic"] for family, value in row["families"].items()}
+
+
+def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
+    """One case per row; the trigger search without references is a detector of its own."""
+    by_name = {entry.name: entry for entry in entries}
+    done = [row for row in rows if "error" not in row]
+    known = {(row["detector"], row["encoder"]): row for row in done}
+    cases: list[Case] = []
+    for row in done:
+        entry = by_name[row["encoder"]]
+        references = [
+            known[row["detector"], name]
+            for name in references_of(entry, entries)
+            if (row["detector"], name) in known
+        ]
+        score, verdict, p = beside(row, references)
+        case = {
+            "encoder": entry.name,
+            "attack": entry.attack,
+            "asr": entry.asr,
+            "seed": entry.seed,
+            "half": half(entry),
+            "detector": row["detector"],
+            "score": score,
+            "verdict": verdict,
+            "verdict_alone": row["verdict"],
+            "p_value": p,
+            "references": len(references),
+            "wall_seconds": row["wall_seconds"],
+            "cpu_seconds": row["cpu_seconds"],
+        }
+        cases.append(case)
+        if row["detector"] == "trigger_search":
+            alone = {"score": row["score"], "verdict": row["verdict"], "p_value": None, "references": 0}
+            cases.append(case | alone | {"detector": "trigger_search, no references"})
+    return cases
+
+
+def auroc(clean: Sequence[float], bad: Sequence[float]) -> dict[str, float] | None:
+    """With a 95 % bootstrap interval; clean and backdoored encoders are drawn apart."""
+    if not clean or not bad:
+        return None
+    own, other = np.array(bad)[:, None], np.array(clean)[None]
+    wins = (own > other) + 0.5 * (own == other)
+    random = np.random.default_rng(0)
+    drawn_bad, drawn_clean = (
+        random.multinomial(n, np.full(n, 1 / n), size=BOOTSTRAPS) / n for n in (len(bad), len(clean))
+    )
+    low, high = np.quantile(((drawn_bad @ wins) * drawn_clean).sum(1), [0.025, 0.975]).tolist()
+    return {"value": float(wins.mean()), "low": low, "high": high}
+
+
+def bound_at(clean: Sequence[float], fpr: float = FPR) -> float:
+    """The score above which at most a share ``fpr`` of the clean ones lie; with fewer than 20 it is none."""
+    return sorted(clean, reverse=True)[math.floor(fpr * len(clean))]
+
+
+def probabilities(cases: Sequence[Case]) -> list[float | None]:
+    """That a case is backdoored: logistic regression on the score, fitted on the other seeds."""
+    found: list[float | None] = []
+    for case in cases:
+        others = [c for c in cases if c["seed"] != case["seed"]]
+        truth = [c["attack"] is not None for c in others]
+        if len(set(truth)) < 2:
+            found.append(None)
+            continue
+        scores = np.array([c["score"] for c in others])
+        centre, scale = scores.mean(), scores.std() or 1.0
+        model = LogisticRegression().fit(((scores - centre) / scale)[:, None], truth)
+        found.append(float(model.predict_proba([[(case["score"] - centre) / scale]])[0, 1]))
+    return found
+
+
+def cross_entropy(cases: Sequence[Case]) -> dict[str, float] | None:
+    """NIST TrojAI's measure in nats, with its 95 % interval; ``base_rate`` is that of knowing nothing."""
+    terms = [
+        -math.log(max(p if case["attack"] is not None else 1 - p, 1e-12))
+        for case, p in zip(cases, probabilities(cases), strict=True)
+        if p is not None
+    ]
+    rate = fmean(case["attack"] is not None for case in cases)
+    if not terms or rate in (0, 1):
+        return None
+    base = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+    return {"value": fmean(terms), "interval": 1.96 * pstdev(terms) / len(terms) ** 0.5, "base_rate": base}
+
+
+def rates(cases: Sequence[Case]) -> dict[str, Any]:
+    """All that is told of one detector on one block."""
+    scored = [case for case in cases if case["score"] is not None]
+    clean = [case["score"] for case in scored if case["attack"] is None]
+    bad = [case for case in scored if case["attack"] is not None]
+    per_attack: dict[str, Any] = {}
+    for attack in sorted({case["attack"] for case in bad}):
+        own = [case for case in bad if case["attack"] == attack]
+        hits = sum(case["score"] > bound_at(clean) for case in own) if clean else None
+        per_attack[attack] = {
+            "encoders": len(own),
+            "asr": [case["asr"] for case in own],
+            "found": hits,
+            "tpr": None if hits is None else hits / len(own),
+            "interval": None if hits is None else wilson(hits / len(own), len(own)),
+            "called_backdoored": sum(case["verdict"] == "backdoored" for case in own),
+        }
+    return {
+        "clean": len(clean),
+        "backdoored": len(bad),
+        "not_scored": [case["encoder"] for case in cases if case["score"] is None],
+        "auroc": auroc(clean, [case["score"] for case in bad]),
+        "cross_entropy": cross_entropy(scored) if scored else None,
+        "at_fpr": {"fpr": FPR, "bound": bound_at(clean) if clean else None, "attacks": per_attack},
+        "verdicts": _counts(cases, lambda case: case["verdict"]),
+        "verdicts_alone": _counts(cases, lambda case: case["verdict_alone"]),
+        "cpu_seconds": fmean(case["cpu_seconds"] for case in cases),
+        "wall_seconds": fmean(case["wall_seconds"] for case in cases),
+    }
+
+
+def _counts(cases: Sequence[Case], verdict: Callable[[Case], str]) -> dict[str, dict[str, int]]:
+    groups = {
+        "clean": [c for c in cases if c["attack"] is None],
+        "backdoored": [c for c in cases if c["attack"]],
+    }
+    return {truth: dict(Counter(map(verdict, own))) for truth, own in groups.items()}
+
+
+def summary(rows: Iterable[Row], entries: Sequence[Entry]) -> dict[str, Any]:
+    """Rates of every detector on every block, and every case."""
+    rows = list(rows)
+    cases = cases_of(rows, entries)
+    working = [c for c in cases if c["attack"] is None or (c["asr"] or 0) >= WORKING]
+    blocks = []
+    for title, chosen in (("all attacks", cases), (f"ASR >= {WORKING:.0%}", working)):
+        for part in ("all", "tune", "report"):
+            members = [c for c in chosen if part in ("all", c["half"])]
+            names = dict.fromkeys(c["detector"] for c in members)
+            told = {name: rates([c for c in members if c["detector"] == name]) for name in names}
+            blocks.append({"name": f"{part}, {title}", "detectors": told})
+    return {
+        "rule": (__doc__ or "").strip(),
+        "blocks": blocks,
+        "few_references": sorted(
+            {c["encoder"] for c in cases if c["detector"] == "trigger_search" and c["references"] < 2}
+        ),
+        "failed": [
+            {"encoder": r["encoder"], "detector": r["detector"], "error": r["error"]}
+            for r in rows
+            if "error" in r
+        ],
+        "cases": cases,
+    }
