@@ -1,6 +1,7 @@
 """The benchmark's engine, tables and verification. Cells are computed by toy methods in this process."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import pytest
 from encoderguard import registry
 from encoderguard.bench.cells import Places
 from encoderguard.bench.engine import run_cells
+from encoderguard.bench.figures import figures
+from encoderguard.bench.leaderboard import leaderboard, write_leaderboard
 from encoderguard.bench.local import attempt
 from encoderguard.bench.notation import as_csv, as_latex, as_markdown
 from encoderguard.bench.outcome import collect, write_result
@@ -393,6 +396,52 @@ def test_notations(finished: Path) -> None:
 
 
 # --- verification ---------------------------------------------------------------------------------
+
+
+def test_points_of_figures_lead_to_records_that_are_there(finished: Path) -> None:
+    folder = finished / "toy-tiny"
+    links = {
+        link
+        for name in ("scores.svg", "heat.svg")
+        for link in re.findall(r'href="(records/[0-9a-f]{64}\.json)"', (folder / name).read_text())
+    }
+    assert len(links) == 4  # two scans, two evaluations
+    assert all((folder / link).is_file() for link in links)
+    page = (folder / "index.html").read_text()
+    assert all(f'href="{link}"' in page for link in links)
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(names) == len(set(names))
+
+
+def _row(key: str, **facts: Any) -> dict[str, Any]:
+    values = {"acc": 0.9, "asr": 0.5, "clean_asr": 0.1, "map": {"clean": [[0, 1]], "triggered": [[2, 3]]}}
+    facts = {"pretrain": "simclr", "attack": "badencoder", "task": "digits", "seed": 0, **facts}
+    return {"facts": facts, "values": values, "records": {"evaluate": key}, "failed": None}
+
+
+def test_sweeps_and_maps_are_drawn_with_a_link_per_point() -> None:
+    rows = [_row("a" * 64, defense="mimic", x=0.1), _row("b" * 64, defense="mimic", x=0.2)]
+    drawn = figures({"kind": "defenses", "axis": "share", "rows": rows})
+    assert set(drawn) == {"heat", "maps", "sweep"}
+    for name in ("maps", "sweep"):
+        assert all(f"records/{key * 64}.json".encode() in drawn[name] for key in "ab")
+
+
+def test_the_leaderboard_counts_a_case_once_and_no_ablation() -> None:
+    first = {"rows": [_row("a", defense="none"), _row("b", defense="mimic")]}
+    again = {"rows": [_row("b", defense="mimic"), _row("c", defense="no cosine")]}
+    (ranks,) = leaderboard([first, again])
+    assert [line[0] for line in ranks.rows] == ["none", "mimic"]
+    assert [line[2] for line in ranks.rows] == ["40.0 (n=1)", "40.0 (n=1)"]
+
+
+def test_a_changed_leaderboard_is_found(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "toy-tiny", tmp_path / "out" / "toy-tiny")
+    write_leaderboard(tmp_path / "out")
+    assert verify_all(tmp_path / "out") == (1, [])
+    board = tmp_path / "out" / "leaderboard.md"
+    board.write_text(board.read_text().replace("n=1", "n=3"))
+    assert verify_all(tmp_path / "out")[1] == ["out: leaderboard.md is not what its results give"]
 
 
 def test_a_result_that_follows_from_its_records_is_verified(finished: Path) -> None:

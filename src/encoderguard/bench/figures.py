@@ -1,6 +1,5 @@
-"""The papers' figures, redrawn from the rows of a result."""
+"""The papers' figures, redrawn from the rows of a result; each point is a link to its record."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from encoderguard.report.figures import COLOURS, styled
+from encoderguard.report.figures import COLOURS, styled, to_svg
 
 __all__ = ["figures"]
 
@@ -17,10 +16,12 @@ Row = Mapping[str, Any]
 
 
 def figures(result: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by name: what the kind of the result and its rows allow."""
+    """SVG files by name: what the kind of the result and its rows allow."""
     rows = [row for row in result["rows"] if not row["failed"]]
     made: dict[str, bytes] = {}
     with styled():
+        if any("map" in row["values"] for row in rows):
+            made["maps"] = _maps(rows)
         if any("x" in row["facts"] and "defense" in row["facts"] for row in rows):
             made["sweep"] = _sweep(rows, result["axis"])
         if any("defense" in row["facts"] for row in rows):
@@ -32,70 +33,90 @@ def figures(result: Mapping[str, Any]) -> dict[str, bytes]:
     return made
 
 
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=140, bbox_inches="tight", metadata={"Software": None})
-    return stream.getvalue()
+def _linked(axes: Axes, x: Sequence[float], rows: Sequence[Row], name: str, role: str, **style: Any) -> None:
+    """A point for each row, at ``x`` and the row's value of that name in per cent (scores as they are)."""
+    scale = 1 if name == "score" else 100
+    points = axes.scatter(x, [scale * row["values"][name] for row in rows], zorder=3, **style)
+    points.set_urls([_record(row, role) for row in rows])
+
+
+def _record(row: Row, role: str) -> str:
+    return f"records/{row['records'][role]}.json"
 
 
 def _sweep(rows: Sequence[Row], axis: str) -> bytes:
-    """ACC and ASR over the horizontal axis; bars are the standard deviation over seeds and cases."""
+    """ACC and ASR over the horizontal axis: a point per seed and case, lines through their means."""
     figure = Figure(figsize=(5.6, 3.4))
     axes = figure.add_subplot()
-    points = sorted({row["facts"]["x"] for row in rows if "x" in row["facts"]})
     for name, colour in (
         ("acc", COLOURS["clean"]),
         ("asr", COLOURS["backdoored"]),
         ("clean_asr", COLOURS["pale"]),
     ):
-        values = [
-            [
-                100 * r["values"][name]
-                for r in rows
-                if r["facts"].get("x") == x and r["values"].get(name) is not None
-            ]
-            for x in points
-        ]
-        known = [(x, np.mean(v), np.std(v)) for x, v in zip(points, values, strict=True) if v]
+        known = [r for r in rows if "x" in r["facts"] and r["values"].get(name) is not None]
         if known:
-            place, mean, spread = zip(*known, strict=True)
-            axes.errorbar(place, mean, spread, marker="o", capsize=3, color=colour, label=_TITLES[name])
+            places = [r["facts"]["x"] for r in known]
+            _linked(axes, places, known, name, "evaluate", color=colour, s=14)
+            means = [
+                (x, np.mean([100 * r["values"][name] for r in known if r["facts"]["x"] == x]))
+                for x in sorted(set(places))
+            ]
+            axes.plot(*zip(*means, strict=True), color=colour, label=_TITLES[name])
     axes.set_xlabel(axis or "setting")
     axes.set_ylabel("%")
     axes.set_ylim(-3, 103)
     axes.grid(axis="y")
     axes.legend()
-    return _png(figure)
+    return to_svg(figure)
 
 
 _TITLES = {"acc": "ACC", "asr": "ASR", "clean_asr": "ASR of the clean encoder"}
 
 
 def _heat(rows: Sequence[Row]) -> bytes:
-    """ASR above the clean encoder's, attack by defense."""
-    kept = [row for row in rows if row["values"].get("asr") is not None]
-    attacks = list(dict.fromkeys(f"{r['facts']['attack']}, {r['facts']['task']}" for r in kept))
-    defenses = list(dict.fromkeys(r["facts"]["defense"] for r in kept))
-    grid = np.full((len(defenses), len(attacks)), np.nan)
-    for i, defense in enumerate(defenses):
-        for j, attack in enumerate(attacks):
-            found = [
-                100 * (r["values"]["asr"] - (r["values"].get("clean_asr") or 0))
-                for r in kept
-                if r["facts"]["defense"] == defense
-                and f"{r['facts']['attack']}, {r['facts']['task']}" == attack
-            ]
-            grid[i, j] = np.mean(found) if found else np.nan
+    """ASR above the clean encoder's, attack by defense; a number is a link to the first record behind it."""
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["values"].get("asr") is not None:
+            facts = row["facts"]
+            cells.setdefault((facts["defense"], f"{facts['attack']}, {facts['task']}"), []).append(row)
+    defenses, attacks = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    above = {
+        key: np.mean([100 * (r["values"]["asr"] - (r["values"].get("clean_asr") or 0)) for r in members])
+        for key, members in cells.items()
+    }
+    grid = np.array([[above.get((defense, attack), np.nan) for attack in attacks] for defense in defenses])
     figure = Figure(figsize=(1.6 + 1.1 * max(1, len(attacks)), 0.9 + 0.42 * max(1, len(defenses))))
     axes = figure.add_subplot()
-    axes.imshow(grid, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
+    axes.imshow(np.atleast_2d(grid), cmap="OrRd", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(attacks)), attacks, rotation=20, ha="right")
     axes.set_yticks(range(len(defenses)), defenses)
-    for (i, j), value in np.ndenumerate(grid):
+    for (defense, attack), value in above.items():
         colour = "white" if value > 60 else COLOURS["neutral"]
-        axes.text(j, i, "-" if np.isnan(value) else f"{value:.0f}", ha="center", va="center", color=colour)
+        place = (attacks.index(attack), defenses.index(defense))
+        text = axes.text(*place, f"{value:.0f}", ha="center", va="center", color=colour)
+        text.set_url(_record(cells[defense, attack][0], "evaluate"))
     axes.set_title("ASR above the clean encoder's, points")
-    return _png(figure)
+    return to_svg(figure)
+
+
+def _maps(rows: Sequence[Row]) -> bytes:
+    """Where images and the same images with the trigger lie in the feature space, in two dimensions."""
+    shown = [row for row in rows if "map" in row["values"]][:6]
+    figure = Figure(figsize=(3.4 * len(shown), 3.4))
+    for place, row in enumerate(shown, start=1):
+        axes = figure.add_subplot(1, len(shown), place)
+        for kind in ("clean", "triggered"):
+            points = np.array(row["values"]["map"].get(kind, [])).reshape(-1, 2)
+            dots = axes.scatter(points[:, 0], points[:, 1], s=5, color=COLOURS[kind], label=f"{kind} images")
+            dots.set_urls([_record(row, "evaluate")] * len(points))
+        facts = row["facts"]
+        axes.set_title(f"{facts['attack']}, {facts['defense']}, seed {facts['seed']}")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.legend()
+    figure.tight_layout()
+    return to_svg(figure)
 
 
 def _detectors(rows: Sequence[Row]) -> list[str]:
@@ -109,13 +130,14 @@ def _scores(rows: Sequence[Row]) -> bytes:
     for place, name in enumerate(names, start=1):
         axes = figure.add_subplot(1, len(names), place)
         for kind in ("clean", "backdoored"):
-            scores = [
-                r["values"]["score"]
+            found = [
+                r
                 for r in rows
                 if (r["facts"].get("detector"), r["facts"].get("encoder")) == (name, kind)
                 and r["values"]["score"] is not None
             ]
-            axes.scatter(np.arange(len(scores)), scores, color=COLOURS[kind], label=kind, alpha=0.8)
+            places = list(range(len(found)))
+            _linked(axes, places, found, "score", "scan", color=COLOURS[kind], label=kind, alpha=0.8)
         thresholds = {r["values"]["threshold"] for r in rows if r["facts"].get("detector") == name}
         for threshold in thresholds:
             axes.axhline(threshold, color=COLOURS["neutral"], linestyle="--", linewidth=1)
@@ -124,7 +146,7 @@ def _scores(rows: Sequence[Row]) -> bytes:
         axes.set_ylabel("score")
         axes.legend()
     figure.tight_layout()
-    return _png(figure)
+    return to_svg(figure)
 
 
 def _roc(rows: Sequence[Row]) -> bytes:
@@ -136,7 +158,7 @@ def _roc(rows: Sequence[Row]) -> bytes:
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.legend(loc="lower right")
-    return _png(figure)
+    return to_svg(figure)
 
 
 def _draw_roc(axes: Axes, rows: Sequence[Row], name: str) -> None:
@@ -151,28 +173,25 @@ def _draw_roc(axes: Axes, rows: Sequence[Row], name: str) -> None:
 
 
 def _profile(rows: Sequence[Row]) -> bytes:
-    """Dependence of each stage on the final features (MIMIC, Figure 3)."""
+    """Dependence of each stage on the final features (MIMIC, Figure 3): a line per encoder."""
     names = list(dict.fromkeys(name for row in rows for name in row["values"]["profiles"]))
     measures = list(dict.fromkeys(name.split()[0] for name in names))
     figure = Figure(figsize=(4.4 * len(measures), 3.2))
     for place, measure in enumerate(measures, start=1):
         axes = figure.add_subplot(1, len(measures), place)
-        for name in (name for name in names if name.startswith(measure)):
-            lines = [row["values"]["profiles"].get(name) for row in rows]
-            values = np.array([[s["held_out"] for s in line["stages"]] for line in lines if line])
-            kind = name.split()[1]
-            axes.errorbar(
-                np.arange(1, values.shape[1] + 1),
-                values.mean(0),
-                values.std(0),
-                marker="o",
-                capsize=3,
-                label=f"{kind} inputs",
-                color=COLOURS[kind],
-            )
+        drawn = dict[str, Any]()
+        for row in rows:
+            for name, profile in row["values"]["profiles"].items():
+                if name.split()[0] != measure:
+                    continue
+                kind, values = name.split()[1], [stage["held_out"] for stage in profile["stages"]]
+                stages = np.arange(1, len(values) + 1)
+                (drawn[kind],) = axes.plot(stages, values, color=COLOURS[kind], alpha=0.8)
+                points = axes.scatter(stages, values, color=COLOURS[kind], s=14, zorder=3)
+                points.set_urls([_record(row, "profile")] * len(values))
         axes.set_xlabel("stage")
         axes.set_ylabel("nats" if measure == "mine" else measure.upper())
         axes.set_title(measure)
-        axes.legend()
+        axes.legend(drawn.values(), [f"{kind} inputs" for kind in drawn])
     figure.tight_layout()
-    return _png(figure)
+    return to_svg(figure)

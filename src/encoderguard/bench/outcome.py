@@ -5,17 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from encoderguard.bench.engine import Outcome
 from encoderguard.bench.plan import Cell, Plan
-from encoderguard.bench.store import Store
+from encoderguard.bench.store import Store, sweep
 from encoderguard.errors import UsageError
 from encoderguard.fidelity import trojai_fidelity
 from encoderguard.storage import prepare_folder, write_text
 
-__all__ = ["RESULT", "collect", "numbers", "read_result", "recomputed", "write_result"]
+__all__ = ["RESULT", "collect", "comparable", "numbers", "read_result", "recomputed", "write_result"]
 
 RESULT = "bench.json"
 _SCHEMA = 1
+_POINTS = 200
+"""Of a map that are kept."""
+_INCIDENTAL = {"created", "seconds", "method_seconds", "commit", "dirty", "spec", "folder"}
+_INCIDENTAL |= {"peak_memory_bytes", "peak_device_memory_bytes"}
 
 
 def collect(plan: Plan, store: Store, outcome: Outcome) -> dict[str, Any]:
@@ -31,6 +37,8 @@ def collect(plan: Plan, store: Store, outcome: Outcome) -> dict[str, Any]:
         if failed is None:
             for cell in row.cells.values():
                 records[cell.key] = _record(cell, store)
+                if suite.maps and cell.job == "evaluate":
+                    records[cell.key]["map"] = _map(store.folder(cell))
         held = {} if failed else numbers({role: records[key] for role, key in keys.items()})
         rows.append({"facts": row.facts, "values": held, "records": keys, "failed": failed})
     facts = suite.model_dump(
@@ -53,6 +61,17 @@ def _record(cell: Cell, store: Store) -> dict[str, Any]:
     return {"identity": facts["identity"], "record": facts["record"]}
 
 
+def _map(folder: Path) -> dict[str, list[list[float]]]:
+    """Places of some test images in feature space, as the evaluation drew them."""
+    kinds = {"embedding": "clean", "embedding_triggered": "triggered"}
+    with np.load(folder / "arrays.npz") as arrays:
+        return {
+            kind: np.round(arrays[name][:_POINTS].astype(float), 2).tolist()
+            for name, kind in kinds.items()
+            if name in arrays
+        }
+
+
 def numbers(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The values of one row, from the records of its cells by role."""
     found: dict[str, Any] = {}
@@ -60,6 +79,7 @@ def numbers(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         record = held["record"]
         if role == "evaluate":
             found |= {n: record.get(n) for n in ("acc", "asr", "asr_all", "clean_acc", "clean_asr")}
+            found |= {"map": held["map"]} if "map" in held else {}
         elif role == "purify":
             found |= {"seconds": record.get("method_seconds"), "memory": record.get("peak_memory_bytes")}
             found["overlap"] = (record.get("fidelity") or {}).get("neighbour_overlap")
@@ -70,6 +90,20 @@ def numbers(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         elif role == "profile":
             found["profiles"] = record["profiles"]
     return found
+
+
+def comparable(facts: Any) -> Any:
+    """A record, or any part of it, without what differs between two runs of one cell.
+
+    That is: when, how long, with how much memory, of which commit and in which folder; a bundle's digest too,
+    since its provenance names those. The fingerprints of the weights stay.
+    """
+    if isinstance(facts, Mapping):
+        kept = {name: comparable(value) for name, value in facts.items() if name not in _INCIDENTAL}
+        return kept | ({"outputs": sorted(kept["outputs"])} if isinstance(kept.get("outputs"), dict) else {})
+    if isinstance(facts, list | tuple):
+        return [comparable(value) for value in facts]
+    return facts
 
 
 def _with_fidelity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,6 +140,8 @@ def recomputed(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def write_result(result: Mapping[str, Any], folder: Path) -> None:
     """``bench.json`` with the rows, and ``records/KEY.json`` for each cell: small files, made for review."""
     prepare_folder(folder / "records")
+    for place in (folder, folder / "records"):
+        sweep(place)
     known = {f"{key}.json" for key in result["records"]}
     for path in (folder / "records").glob("*.json"):
         if path.name not in known:

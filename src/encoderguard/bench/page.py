@@ -1,6 +1,5 @@
 """All files that are made from a result: tables in three notations, figures, one page."""
 
-import base64
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import jinja2
 
 from encoderguard.bench.figures import figures
+from encoderguard.bench.leaderboard import check_leaderboard
 from encoderguard.bench.notation import as_csv, as_latex, as_markdown
 from encoderguard.bench.outcome import RESULT, read_result, recomputed
 from encoderguard.bench.tables import sheets
@@ -41,18 +41,26 @@ def write_pages(folder: Path) -> Path:
         write_text(folder / name, text)
     drawn = figures(result)
     for name, data in drawn.items():
-        write_atomic(folder / f"{name}.png", partial(_fill, data))
+        write_atomic(folder / f"{name}.svg", partial(_fill, data))
     source = files("encoderguard.bench").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(source).render(
         result=result,
         sheets=sheets(result),
-        figures={name: base64.b64encode(data).decode() for name, data in drawn.items()},
+        figures={name: _inline(name, data) for name, data in drawn.items()},
         rows=[
             row | {"about": ", ".join(f"{k} {v}" for k, v in row["facts"].items())} for row in result["rows"]
         ],
     )
     return write_text(folder / "index.html", page)
+
+
+def _inline(name: str, svg: bytes) -> str:
+    """The drawing for a page that holds several: without XML head, and with identifiers of its own."""
+    text = svg[svg.index(b"<svg") :].decode()
+    for mark in ('id="', 'href="#', "url(#"):
+        text = text.replace(mark, f"{mark}{name}-")
+    return text
 
 
 def _fill(data: bytes, path: Path) -> None:
@@ -96,7 +104,7 @@ def verify_all(folder: Path) -> tuple[int, list[str]]:
     found = sorted(path.parent for path in folder.rglob(RESULT))
     if not found:
         raise UsageError(f"There is no {RESULT} in or below {folder}; give a folder that 'bench' wrote.")
-    return len(found), [fault for each in found for fault in verify(each)]
+    return len(found), [fault for each in found for fault in verify(each)] + check_leaderboard(folder)
 
 
 def _about(row: Mapping[str, Any]) -> str:

@@ -17,11 +17,13 @@ from encoderguard.errors import SettingError
 from encoderguard.methods import DataPoisoning, EncoderAttack
 from encoderguard.registry import Family, create, method_class, method_names
 
-__all__ = ["NONE", "Cell", "Job", "Plan", "Row", "make_plan"]
+__all__ = ["CLEAN", "NONE", "Cell", "Job", "Plan", "Row", "make_plan"]
 
 Job = Literal["pretrain", "attack", "poison", "adopt", "scan", "purify", "evaluate", "profile"]
 NONE = "none"
 """The attack that leaves the clean encoder as it is, and the defense that leaves the suspect as it is."""
+CLEAN = "clean encoder"
+"""In the place of a defense: the encoder as it was before the attack, under the same trigger."""
 _FORMAT = 1
 """Counts changes of what a cell computes that its fields do not show."""
 
@@ -205,6 +207,9 @@ class _Planner:
                 scan = self._scanned(seed, encoder, detector)
                 about = facts | {"detector": detector.title, "encoder": kind} | _place(detector)
                 self.rows.append(Row(facts=about, cells={"scan": scan, "encoder": encoder}))
+        if self.suite.maps:
+            judged = self._judged(seed, clean, suspect, clean, task)
+            self.rows.append(Row(facts=facts | {"defense": CLEAN}, cells={"evaluate": judged}))
         for defense in self.suite.defenses:
             trigger = self._trigger_of(suspect)
             purified = suspect if defense.name == NONE else self._purified(seed, suspect, defense, trigger)

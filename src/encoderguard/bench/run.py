@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from encoderguard.bench.cells import Places, open_images
 from encoderguard.bench.engine import Backend, Outcome, run_cells
+from encoderguard.bench.leaderboard import write_leaderboard
 from encoderguard.bench.local import Local
 from encoderguard.bench.outcome import collect, write_result
 from encoderguard.bench.page import write_pages
@@ -101,7 +102,7 @@ def run_bench(
         stop: set it to stop; cells resume from their checkpoints.
 
     Returns:
-        The pages, and what became of the cells.
+        The pages, the leaderboard over all results in ``out`` last, and what became of the cells.
 
     Raises:
         UsageError: an argument cannot be used as given.
@@ -121,6 +122,7 @@ def run_bench(
         folder = out / f"{plan.suite.name}-{plan.size}"
         write_result(collect(plan, kept, outcome), folder)
         pages.append(write_pages(folder))
+    pages.append(write_leaderboard(out))
     if outcome.failed:
         first = next(iter(outcome.failed.values()))
         raise RunError(

@@ -104,6 +104,8 @@ class Suite(_Model):
     detectors: tuple[Choice, ...] = ()
     tasks: tuple[str, ...] = ()
     """Names of the size's tasks; all of them by default."""
+    maps: bool = False
+    """Keep and draw where images lie in feature space, also for the clean encoder under the same trigger."""
     axis: str = ""
     """Name of the horizontal axis, if this is a figure over ``x``."""
     published: tuple[dict[str, str | float | bool | None], ...] = ()

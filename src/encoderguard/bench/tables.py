@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from encoderguard.bench.notation import Sheet
 
-__all__ = ["compared", "sheets", "spread"]
+__all__ = ["compared", "rank_sheets", "sheets", "spread"]
 
 _GROUP = ("pretrain", "attack", "task", "defense", "detector", "encoder", "x")
 _RATES = ("acc", "asr", "asr_all", "clean_acc", "clean_asr", "overlap")
@@ -39,6 +39,13 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     if result["kind"] == "profile":
         made.append(_profiles(result["rows"]))
     return made
+
+
+def rank_sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """The order of the defenses and the rates of the detectors over rows of any results."""
+    defended = [row for row in rows if "defense" in row["facts"]]
+    scanned = [row for row in rows if "detector" in row["facts"]]
+    return [*([_ranks(defended)] if defended else []), *([_rates_of_detectors(scanned)] if scanned else [])]
 
 
 def _grouped(rows: Sequence[Row], leave: Sequence[str] = ()) -> dict[tuple[tuple[str, Any], ...], list[Row]]:

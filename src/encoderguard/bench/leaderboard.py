@@ -1,0 +1,97 @@
+"""One page over all results of a folder: what was run, and who is ahead."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from encoderguard.bench.notation import Sheet, as_markdown
+from encoderguard.bench.outcome import RESULT, read_result
+from encoderguard.bench.plan import NONE
+from encoderguard.bench.tables import rank_sheets
+from encoderguard.registry import method_names
+from encoderguard.storage import write_text
+
+__all__ = ["check_leaderboard", "leaderboard", "leaderboard_pages", "write_leaderboard"]
+
+_NOTE = (
+    "Over all results of this folder in one size; each case (encoder, seed) counts once. A method under "
+    "settings other than the size's, as in ablations, is not ranked. Compare those that were run on the "
+    "same cases (n)."
+)
+
+
+def leaderboard(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
+    """The ranks of defenses and the rates of detectors over several results.
+
+    Args:
+        results: as ``read_result`` gives them, of one size.
+    """
+    known = {"defense": {NONE, *method_names("defense")}, "detector": set(method_names("detector"))}
+    cases: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        for row in result["rows"]:
+            family = "defense" if "defense" in row["facts"] else "detector"
+            if row["facts"].get(family) in known[family] and "x" not in row["facts"] and not row["failed"]:
+                cases[f"{family} {sorted(row['records'].items())}"] = row
+    return rank_sheets(list(cases.values()))
+
+
+def leaderboard_pages(out: Path) -> dict[str, str]:
+    """The files that belong in ``out``, by name, from the results in the folders below it."""
+    folders = sorted(path.parent for path in out.glob(f"*/{RESULT}"))
+    results = [read_result(folder) for folder in folders]
+    lines, body = ["# Leaderboard", "", _NOTE, ""], ["<h1>Leaderboard</h1>", f"<p>{_NOTE}</p>"]
+    for size in dict.fromkeys(result["size"] for result in results):
+        lines += [f"## Size {size}", ""]
+        body.append(f"<h2>Size {html.escape(size)}</h2>")
+        for sheet in leaderboard([result for result in results if result["size"] == size]):
+            lines.append(as_markdown(sheet))
+            body.append(_table(sheet))
+    lines += ["## Results", ""]
+    body.append("<h2>Results</h2><ul>")
+    for folder, result in zip(folders, results, strict=True):
+        failed = sum(bool(row["failed"]) for row in result["rows"])
+        about = f"{result['size']}: {len(result['rows'])} rows" + (f", {failed} failed" if failed else "")
+        lines.append(f"- [{result['title']}]({folder.name}/table.md), {about}")
+        title = f'<a href="{folder.name}/index.html">{html.escape(result["title"])}</a>'
+        body.append(f"<li>{title}, {about}</li>")
+    page = _PAGE.format(body="\n".join([*body, "</ul>"]))
+    return {"leaderboard.md": "\n".join(lines) + "\n", "index.html": page}
+
+
+def write_leaderboard(out: Path) -> Path:
+    """Write ``OUT/leaderboard.md`` and ``OUT/index.html``; the page's path."""
+    for name, text in leaderboard_pages(out).items():
+        page = write_text(out / name, text)
+    return page
+
+
+def check_leaderboard(out: Path) -> list[str]:
+    """What in ``out``, if it holds a leaderboard, does not follow from the results below it."""
+    if not (out / "leaderboard.md").exists():
+        return []
+    return [
+        f"{out.name}: {name} is not what its results give"
+        for name, text in leaderboard_pages(out).items()
+        if not (out / name).is_file() or (out / name).read_text(encoding="utf-8") != text
+    ]
+
+
+def _table(sheet: Sheet) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in sheet.header)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in sheet.rows
+    )
+    return f"<h3>{html.escape(sheet.title)}</h3><table><tr>{head}</tr>{rows}</table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title><style>
+body{{font:16px/1.5 system-ui,sans-serif;color:#2b333b;max-width:70rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse;font-size:.85rem}}
+th,td{{border-bottom:1px solid #e3e8ed;padding:.3rem .6rem;text-align:left}}
+th{{background:#f5f7f9}}</style></head><body>
+{body}
+</body></html>
+"""
