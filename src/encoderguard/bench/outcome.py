@@ -21,7 +21,7 @@ _SCHEMA = 1
 _POINTS = 200
 """Of a map that are kept."""
 _INCIDENTAL = {"created", "seconds", "method_seconds", "commit", "dirty", "spec", "folder"}
-_INCIDENTAL |= {"peak_memory_bytes", "peak_device_memory_bytes"}
+_INCIDENTAL |= {"source", "peak_memory_bytes", "peak_device_memory_bytes"}
 
 
 def collect(plan: Plan, store: Store, outcome: Outcome) -> dict[str, Any]:
