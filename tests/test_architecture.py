@@ -16,7 +16,7 @@ from tests.source_rules import FILES, PACKAGE, TREES, RunTime, imports, public_n
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("random", "storage", "provenance", "peers"),
-    ("registry", "run", "progress", "parallel"),
+    ("registry", "run", "progress", "relay", "parallel"),
     ("image_decoding", "image_storage", "image_named", "image_sources", "image_view", "images"),
     ("triggers",),
     ("backbones", "recipes", "architectures", "bundles", "encoder"),

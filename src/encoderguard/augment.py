@@ -66,8 +66,8 @@ class Augmentation:
     ) -> Tensor:
         """One view per image: same range and device, and same height and width unless ``size`` says others.
 
-        Draws come from the CPU ``generator``. A crop's aspect ratio is in pixels of the image. ``images`` is this
-        process's share where ``peers`` are several.
+        Draws come from the CPU ``generator``. A crop's aspect ratio is in pixels of the image. Where
+        ``peers`` are several, ``images`` is this one's share.
         """
         draws = peers.rand(12, len(images), generator).to(images.device)
         views = self._geometry(images, draws, size or (images.shape[-2], images.shape[-1]))

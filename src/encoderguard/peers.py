@@ -1,9 +1,9 @@
 """The processes that share the images of every training step, and what they must do together.
 
-Each holds a copy of the model and takes its share of a step's images. Three things make N of them equal to one:
-random views are drawn for the whole step and cut, batch statistics are those of the whole step, and the loss of
-the step is the mean of what the processes return. A loss that compares images with one another gathers them
-first (``nt_xent`` does); a mean over images needs nothing.
+Each holds a copy of the model and takes its share of a step's images. Three things make N of them equal to
+one: random views are drawn for the whole step and cut, batch statistics are those of the whole step, and the
+loss of the step is the mean of what the processes return. A loss that compares images with one another
+gathers them first (``nt_xent`` does); a mean over images needs nothing.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Peers:
         return whole[self.rank * size : (self.rank + 1) * size]
 
     def rand(self, rows: int, n: int, generator: torch.Generator, *, views: int = 1) -> Tensor:
-        """Uniform draws ``[rows, n]`` for the ``n`` images here, cut out of those that one process would draw.
+        """Uniform draws ``[rows, n]`` for the ``n`` images here, cut out of those of the whole step.
 
         Args:
             rows: draws per image.
@@ -72,7 +72,8 @@ class Peers:
         """The mean over the processes, without gradient."""
         if self.fabric is None:
             return values
-        mean: Tensor = self.fabric.all_reduce(values.detach().clone(), reduce_op="mean")
+        mean = self.fabric.all_reduce(values.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
         return mean
 
     def agreed(self, value: T) -> T:
@@ -133,7 +134,7 @@ class _WholeBatch(TorchFunctionMode):
     """
 
     def __init__(self, count: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = count
 
     def __torch_function__(

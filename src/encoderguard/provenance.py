@@ -77,16 +77,11 @@ def cpu_name() -> str | None:
     return platform.processor() or None
 
 
-def peak_memory_bytes(*, children: bool = False) -> int | None:
-    """Largest resident size of this process so far; None where the system does not tell.
-
-    With ``children``, of it and of every process that it started and that has ended.
-    """
+def peak_memory_bytes() -> int | None:
+    """Largest resident size of this process so far; None where the system does not tell."""
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if children:
-        peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return peak if sys.platform == "darwin" else peak * 1024

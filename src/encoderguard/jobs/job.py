@@ -20,7 +20,7 @@ from encoderguard.jobs.folder import REPORT
 from encoderguard.jobs.options import JobOptions, check_options, open_folder, surroundings
 from encoderguard.loading import check_encoder, load_encoder
 from encoderguard.peers import require_even_shares
-from encoderguard.provenance import peak_memory_bytes, source_facts
+from encoderguard.provenance import source_facts
 from encoderguard.registry import Family, Method, create, method_class, method_names
 from encoderguard.report import write_report
 from encoderguard.results import Record
@@ -183,7 +183,7 @@ class Job(Generic[R]):
             from encoderguard.parallel import spread
 
             done = spread(work, *args, run=run, devices=self.devices, **kwargs)
-            self.note(peak_device_memory_bytes=done.device_memory)
+            self.note(peak_memory_bytes=done.memory, peak_device_memory_bytes=done.device_memory)
             return done.result
 
     @contextmanager
@@ -248,7 +248,6 @@ class Job(Generic[R]):
             "command": None if command is None else list(command),
             **machine_facts(self.run),
             "devices": self.devices,
-            "peak_memory_bytes": peak_memory_bytes(children=self.devices > 1),
             **self.facts,
         }
         return self._kind(**(values | facts))
@@ -257,7 +256,9 @@ class Job(Generic[R]):
 def _require_spreading(method: Method, devices: int) -> None:
     """Before any work: the method must be one that several devices can share."""
     if not method.spreads:
-        ready = ", ".join(name for name in method_names(method.family) if method_class(method.family, name).spreads)
+        ready = ", ".join(
+            name for name in method_names(method.family) if method_class(method.family, name).spreads
+        )
         raise SettingError(
             f"'{method.name}' cannot be shared by {devices} devices; use one device"
             + (f", or one of: {ready}." if ready else ".")

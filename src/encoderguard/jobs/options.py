@@ -1,5 +1,6 @@
 """The arguments that every job takes, and what becomes of them."""
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -55,6 +56,8 @@ def check_options(options: JobOptions) -> None:
         raise SettingError(f"The precision must be auto, bf16 or float32, found '{options['precision']}'.")
     if options.get("devices", 1) < 1:
         raise SettingError(f"The number of devices must be at least 1, found {options['devices']}.")
+    if options.get("devices", 1) > 1 and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SettingError("A script must start a job on several devices below `if __name__ == '__main__':`.")
 
 
 def surroundings(options: JobOptions) -> Run:

@@ -87,7 +87,7 @@ class Record(_Part):
     method_seconds: float | None = None
     """Wall clock of the method alone."""
     peak_memory_bytes: int | None = None
-    """Largest resident size of the process until the job ended; of several, of the largest."""
+    """Largest resident size of the process until the job ended; of several, of the first that trained."""
     peak_device_memory_bytes: int | None = None
     """Largest amount of accelerator memory held by tensors; None on the CPU."""
     method: str | None = None
