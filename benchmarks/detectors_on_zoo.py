@@ -84,11 +84,13 @@ def measured(entry: Entry, folder: Path, detector: Detector, images: ImageSet, s
 
 
 def _evidence(found: Detection) -> dict[str, Any]:
-    kept = {name: found.evidence[name] for name in ("reason", "images_passed") if name in found.evidence}
+    kept: dict[str, Any] = {
+        name: found.evidence[name] for name in ("reason", "images_passed") if name in found.evidence
+    }
     if "channels" in found.evidence:  # of ABS: how many images its share is of
         kept["moved_of"] = found.evidence.get("images_of_other_clusters")
     if families := found.evidence.get("families"):
-        shown = ("statistic", "collapse", "bank_best", "bank_label")
+        shown = ("statistic", "collapse", "bank", "bank_best", "bank_label")
         kept["families"] = {
             family: {name: value[name] for name in shown} for family, value in families.items()
         }

@@ -35,13 +35,26 @@ def everything(**settings: object) -> list[Ray]:
 
 def test_the_size_of_every_family() -> None:
     sizes = {family: len(rays) for family, rays in bank((32, 32), Rng(0)).items()}
-    assert sizes == {"patch": 43 * 3, "blend": 24, "noise": 12, "spectral": 33, "colour": 23, "warp": 10}
+    assert sizes == {
+        "patch": 43 * 3 + 8 * 9,
+        "blend": 24,
+        "noise": 12,
+        "spectral": 33,
+        "colour": 23,
+        "warp": 10,
+    }
     assert tuple(sizes) == FAMILIES == tuple(LEVELS)
 
 
 def test_a_scaled_bank_keeps_four_of_every_family() -> None:
     sizes = {family: len(rays) for family, rays in bank((32, 32), Rng(0), scale=0.1).items()}
-    assert sizes == {"patch": 13, "blend": 4, "noise": 4, "spectral": 4, "colour": 4, "warp": 4}
+    assert sizes == {"patch": 20, "blend": 4, "noise": 4, "spectral": 4, "colour": 4, "warp": 4}
+
+
+def test_the_white_square_in_the_corner_is_in_the_bank() -> None:
+    images = pixels(2, (32, 32))
+    white = Patch(size=10, margin=1)(images)
+    assert any(torch.equal(ray.at(ray.strength)(images), white) for ray in bank((32, 32), Rng(0))["patch"])
 
 
 def test_every_candidate_stamps_at_every_level_and_has_a_json_form() -> None:

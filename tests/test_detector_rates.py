@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from encoderguard.bench.detector_rates import (
+    above_clean,
     auroc,
     beside,
     bound_at,
@@ -56,7 +57,10 @@ def row(name: str, score: float, detector: str = "decree", **more: Any) -> dict[
 
 def searched(name: str, patch: float) -> dict[str, Any]:
     settings = {"fpr": 0.05, "margin": 0.25, "prior_spread": 0.2}
-    families = {"patch": {"statistic": patch}, "warp": {"statistic": 0.0}}
+    families = {
+        "patch": {"statistic": patch, "bank": [0.3, math.tanh(patch)]},
+        "warp": {"statistic": 0.0, "bank": [0.0]},
+    }
     return row(name, patch / (1 + patch), "trigger_search", settings=settings, families=families)
 
 
@@ -80,7 +84,9 @@ def test_auroc_and_the_bound_at_a_false_positive_rate() -> None:
 
 def test_a_decree_score_is_turned_round_and_judged_beside_the_references() -> None:
     clean = [row("simclr-0", 0.12), row("simclr-2", 0.15)]
-    assert beside(row("strong-1", 0.079), clean) == (-0.079, "backdoored", pytest.approx(1 / 3))
+    score, verdict, p = beside(row("strong-1", 0.079), clean)
+    assert (score, verdict) == (-0.079, "backdoored")
+    assert p == pytest.approx(1 / 3)
     assert beside(row("strong-1", 0.1), clean)[1] == "inconclusive"
     assert beside(row("strong-1", 1.0), clean)[1] == "inconclusive"
 
@@ -125,6 +131,12 @@ def test_without_references_there_is_no_score_and_the_encoder_is_named() -> None
     assert block["trigger_search"]["auroc"] is None
     assert block["trigger_search, no references"]["auroc"]["value"] == 1
     assert found["few_references"] == ["simclr-0", "strong-0"]
+
+
+def test_a_candidate_stands_out_though_a_natural_weakness_is_larger() -> None:
+    clean = [searched("simclr-0", 0.1), searched("simclr-2", 0.2)]
+    assert above_clean(searched("strong-1", 0.25), clean) == pytest.approx(0.1)
+    assert above_clean(searched("strong-1", 0.25), []) is None
 
 
 def test_judging_afterwards_is_what_references_would_give(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoderguard.random import Rng
-from encoderguard.rays import LEVELS, Ray, TriggerFamily, additive_ray, blend_ray, patch_ray
+from encoderguard.rays import LEVELS, PLACES, Ray, TriggerFamily, additive_ray, blend_ray, patch_ray
 from encoderguard.triggers import ColourMap, Trigger, Warp
 
 __all__ = ["bank"]
@@ -48,20 +48,30 @@ def _channels(grey: bool) -> int:
 
 
 def _patches(shape: tuple[int, int], rng: Rng, grey: bool) -> list[Ray]:
-    """27 colours (or 9 greys) and 16 random grids of 4 x 4 at three sizes, each at its own random place."""
+    """27 colours (or 9 greys) and 16 random grids of 4 x 4 at three sizes, each at its own random place.
+
+    Then black, white and the six pure colours at nine places: what attackers use most, where they put it.
+    """
     colours = [(k / 8,) for k in range(9)] if grey else list(itertools.product((0.0, 0.5, 1.0), repeat=3))
     textures = [(f"colour {_words(rgb)}", torch.tensor(rgb).view(-1, 1, 1)) for rgb in colours]
     for number in range(16):
         grid = torch.rand(_channels(grey), 4, 4, generator=rng.generator("grid", number))
         textures.append((f"grid {number}", grid))
     places = torch.rand(len(textures), 3, 2, generator=rng.generator("places"))
-    return [
+    common = [
+        patch_ray(shape, texture, place, label=f"{label}, moved", strength=LEVELS["patch"][-1])
+        for label, texture in textures
+        if label.startswith("colour") and bool(((texture == 0) | (texture == 1)).all())
+        for place in PLACES
+    ]
+    scattered = [
         patch_ray(
             shape, texture, (float(places[i, j, 0]), float(places[i, j, 1])), label=label, strength=side
         )
         for i, (label, texture) in enumerate(textures)
         for j, side in enumerate(LEVELS["patch"][-3:])
     ]
+    return scattered + common
 
 
 def _words(rgb: tuple[float, ...]) -> str:

@@ -16,6 +16,7 @@ from encoderguard.errors import SettingError
 __all__ = [
     "bank_p",
     "combined",
+    "excesses",
     "fisher",
     "holm",
     "moderated_bound",
@@ -31,6 +32,18 @@ _NORMAL_MAD = 1.4826  # the standard deviation of a normal distribution over its
 def fisher(value: float) -> float:
     """Fisher's z of a cosine in [-1, 1], a saturating scale made even; .9995 and above are one."""
     return math.atanh(max(-_MOST, min(_MOST, value)))
+
+
+def excesses(values: Sequence[float], references: Sequence[Sequence[float]]) -> list[float]:
+    """Cosine by cosine: how far Fisher's z of each value lies above the mean of the references' own.
+
+    Args:
+        values: one per candidate.
+        references: at least one row of as many values.
+    """
+    return [
+        fisher(value) - fmean(fisher(row[place]) for row in references) for place, value in enumerate(values)
+    ]
 
 
 def resolution(count: int) -> float:

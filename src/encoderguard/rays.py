@@ -3,6 +3,7 @@
 Strengths are in the unit of the candidate's family; ``LEVELS`` are those at which families are compared.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ from encoderguard.triggers import Additive, Blend, MaskedPattern, Trigger
 __all__ = [
     "FAMILIES",
     "LEVELS",
+    "PLACES",
     "UNITS",
     "Ray",
     "TriggerFamily",
@@ -36,6 +38,8 @@ LEVELS: dict[TriggerFamily, tuple[float, ...]] = {
     "warp": (0.01, 0.02, 0.04, 0.06, 0.08),
 }
 """Strengths, ascending. The largest still leave an image recognisable."""
+PLACES: tuple[tuple[float, float], ...] = tuple(itertools.product((0.04, 0.5, 0.96), repeat=2))
+"""Of patches: near both edges, with about a pixel between, and the middle."""
 UNITS: dict[TriggerFamily, str] = {
     "patch": "side, share of the image's shorter side",
     "blend": "weight of the picture",

@@ -12,7 +12,7 @@ while the search was written and its settings were tried; no setting may be chos
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,11 @@ from sklearn.linear_model import LogisticRegression
 from encoderguard import calibration
 from encoderguard.detectors._trigger_verdict import Rule, judge
 from encoderguard.detectors.abs import judge_share, wilson
+from encoderguard.nulls import excesses
 from encoderguard.zoo import Entry
 
 __all__ = [
+    "above_clean",
     "auroc",
     "beside",
     "bound_at",
@@ -65,7 +67,10 @@ def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, floa
         if not references:
             return None, "inconclusive", None
         rule = Rule(fpr=settings["fpr"], margin=settings["margin"], prior_spread=settings["prior_spread"])
-        found = judge(_statistics(row), [_statistics(r) for r in references], "references", rule)
+        values, *nulls = (
+            {family: told["statistic"] for family, told in r["families"].items()} for r in (row, *references)
+        )
+        found = judge(values, nulls, "references", rule)
         # the score is 1 - p; its logarithm keeps apart what is all but 1
         return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
     clean = [r["score"] for r in references]
@@ -82,8 +87,17 @@ def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, floa
     return row["score"], row["verdict"], None
 
 
-def _statistics(row: Row) -> dict[str, float]:
-    return {family: value["statistic"] for family, value in row["families"].items()}
+def above_clean(row: Row, references: Sequence[Row]) -> float | None:
+    """The largest excess of a candidate of the bank over the references' mean, less the median excess."""
+    banks = [_bank(reference) for reference in references]
+    if not banks or any(len(bank) != len(_bank(row)) for bank in banks):
+        return None
+    found = excesses(_bank(row), banks)
+    return max(found) - median(found) if found else None
+
+
+def _bank(row: Row) -> list[float]:
+    return [value for family in row["families"].values() for value in family["bank"]]
 
 
 def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
@@ -119,6 +133,8 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
         if row["detector"] == "trigger_search":
             alone = {"score": row["score"], "verdict": row["verdict"], "p_value": None, "references": 0}
             cases.append(case | alone | {"detector": "trigger_search, no references"})
+            told = {"score": above_clean(row, references), "verdict": "inconclusive", "p_value": None}
+            cases.append(case | told | {"detector": "trigger_search, candidate by candidate"})
     return cases
 
 

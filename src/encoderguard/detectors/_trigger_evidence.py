@@ -6,7 +6,7 @@ from typing import Any
 
 from encoderguard.detectors._trigger_found import FamilyResult, Found
 from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, score_of
-from encoderguard.nulls import resolution
+from encoderguard.nulls import excesses, resolution
 from encoderguard.rays import LEVELS, UNITS, TriggerFamily
 
 __all__ = ["evidence_of"]
@@ -38,6 +38,7 @@ def evidence_of(
             family: _family(family, result, nulls, judged) for family, result in found.families.items()
         },
         "standing_out": _standing_out(found, nulls),
+        "candidates_above_clean": _above_clean(found, nulls),
         "clean_references": _left_out(nulls, rule),
         "images_passed": found.images_passed,
         "tested": [
@@ -68,6 +69,7 @@ def _family(
         "null_statistics": {name: round(null.families[family].statistic, 4) for name, null in nulls.items()},
         "p": judged.p_families[family],
         "p_adjusted": judged.p_adjusted[family],
+        "bank": _rounded(result.bank),
         "bank_best": round(max(result.bank, default=0.0), 4),
         "bank_label": result.label,
         "candidates": len(result.bank),
@@ -86,6 +88,28 @@ def _standing_out(found: Found, nulls: Mapping[str, Found]) -> dict[str, float]:
     excess = {name: value - means[name] for name, value in found.statistics.items()}
     middle = median(excess.values())
     return {name: round(value - middle, 4) for name, value in excess.items()}
+
+
+def _above_clean(found: Found, nulls: Mapping[str, Found]) -> dict[str, Any]:
+    """By family the candidate whose collapse lies furthest above its own on the clean encoders.
+
+    In Fisher's z, above the mean of the nulls. The best of a bank is often a natural weakness, the same in
+    all encoders, behind which a backdoor that collapses little is not seen; candidate by candidate it is.
+    """
+    told: dict[str, Any] = {}
+    for family, result in found.families.items():
+        banks = [null.families[family].bank for null in nulls.values()]
+        if not banks or any(len(bank) != len(result.bank) for bank in banks):
+            continue  # a time budget ended the bank early
+        excess = excesses(result.bank, banks)
+        place = max(range(len(excess)), key=excess.__getitem__)
+        told[family] = {
+            "excess": round(excess[place], 4),
+            "label": result.candidates[place],
+            "collapse": round(result.bank[place], 4),
+            "on_clean": _rounded([bank[place] for bank in banks]),
+        }
+    return told
 
 
 def _half(family: TriggerFamily, curve: list[float]) -> float | None:

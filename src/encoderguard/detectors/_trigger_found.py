@@ -37,6 +37,8 @@ class FamilyResult:
 
     bank: list[float] = field(default_factory=list)
     """Collapse under each candidate at the bank's own strength, on a few images."""
+    candidates: list[str] = field(default_factory=list)
+    """Their labels."""
     rays: list[Ray] = field(default_factory=list)
     """The best candidates, later with refined ones."""
     label: str = ""

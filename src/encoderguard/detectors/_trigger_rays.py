@@ -1,23 +1,26 @@
 """From rays to what a gradient search optimises, and back."""
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from encoderguard.parametrisations import BoundedAdditive, FreePattern, Parametrisation
-from encoderguard.rays import LEVELS, Ray, TriggerFamily, additive_ray, blend_ray, patch_mask, patch_ray
+from encoderguard.rays import (
+    LEVELS,
+    PLACES,
+    Ray,
+    TriggerFamily,
+    additive_ray,
+    blend_ray,
+    patch_mask,
+    patch_ray,
+)
 from encoderguard.triggers import Trigger
 
 __all__ = ["REFINED", "elsewhere", "parametrisation", "random_ray", "ray_of"]
 
 REFINED: dict[TriggerFamily, int] = {"patch": 3, "blend": 3, "noise": 2}
 """Families with a gradient search, and the level at which it starts."""
-
-
-_PLACES = (0.04, 0.5, 0.96)
-"""Near both edges, with about a pixel between, and the middle."""
 
 
 def elsewhere(patch: Ray, shape: tuple[int, int]) -> list[Ray]:
@@ -27,8 +30,7 @@ def elsewhere(patch: Ray, shape: tuple[int, int]) -> list[Ray]:
         return []
     strength = LEVELS["patch"][-1]
     return [
-        patch_ray(shape, texture, (down, right), label=f"{patch.label}, moved", strength=strength)
-        for down, right in itertools.product(_PLACES, repeat=2)
+        patch_ray(shape, texture, place, label=f"{patch.label}, moved", strength=strength) for place in PLACES
     ]
 
 

@@ -96,6 +96,7 @@ class _Search:
         for family, result in self.results.items():
             pairs = [(ray, value) for ray, value in zip(queue, values, strict=False) if ray.family == family]
             result.bank = [value for _, value in pairs]
+            result.candidates = [ray.label for ray, _ in pairs]
             pairs += self._elsewhere(_ranked(pairs), deadline) if family == "patch" else []
             result.rays = _ranked(pairs)[: self.budget.keep]
             result.label = result.rays[0].label
@@ -105,8 +106,10 @@ class _Search:
     def _elsewhere(self, best: list[Ray], deadline: float) -> list[tuple[Ray, float]]:
         """The best patches at other places: a backdoor may listen to one place only."""
         textures = dict[str, Ray]()
+        done = {ray.label.removesuffix(", moved") for ray in best if ray.label.endswith(", moved")}
         for ray in best:
-            textures.setdefault(ray.label, ray)
+            if ray.label.removesuffix(", moved") not in done:
+                textures.setdefault(ray.label, ray)
         chosen = list(textures.values())[: 2 * self.budget.keep]
         moved = [ray for texture in chosen for ray in elsewhere(texture, self.shape)]
         values = self.collapse.of([_made(ray) for ray in moved], count=_FEW, deadline=deadline)

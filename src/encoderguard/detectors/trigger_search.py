@@ -36,7 +36,7 @@ class TriggerSearch(Detector):
     """Looks for weak triggers of six families that collapse the features of clean images.
 
     Collapse is the mean cosine of features of different stamped images, standardised over the clean images.
-    Three stages: a bank of some 230 candidates by forward passes alone (patches, blends, additive noise,
+    Three stages: a bank of some 300 candidates by forward passes alone (patches, blends, additive noise,
     spectral waves, colour changes, warps); gradient refinement of the best patches, blends and additive
     patterns with successive halving; the same at weaker and stronger levels. The result is one curve of
     collapse over strength per family; its mean in Fisher's z is the statistic, judged family by family
