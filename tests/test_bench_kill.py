@@ -1,11 +1,13 @@
 """A bench that is killed at random moments ends with the same cells as one that is left alone."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,8 +16,13 @@ from typing import Any
 
 import pytest
 
-from encoderguard.bench.store import file_digest
+from encoderguard.bench.cells import Places
+from encoderguard.bench.engine import run_cells
+from encoderguard.bench.local import Local
+from encoderguard.bench.run import plans
+from encoderguard.bench.store import Store, file_digest
 from encoderguard.provenance import source_facts
+from encoderguard.run import StopSignal
 from tests.bench_toys import records_in, toy_files
 
 pytestmark = pytest.mark.slow
@@ -43,13 +50,14 @@ class Bench:
         command = [sys.executable, "-m", "encoderguard", "bench", "run", str(self.files[0])]
         command += ["--size", str(self.files[1]), "--out", str(self.folder), "--workers", str(workers)]
         surroundings = {"TMPDIR": str(self.folder / "tmp"), "ENCODERGUARD_SAVE_EVERY": "0.05"}
-        return subprocess.Popen(
-            command,
-            env=os.environ | surroundings | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=(self.folder / "errors").open("ab"),
-            start_new_session=True,
-        )
+        with (self.folder / "errors").open("ab") as errors:
+            return subprocess.Popen(
+                command,
+                env=os.environ | surroundings | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
 
     def finish(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.wait(600) == 0, (self.folder / "errors").read_text()
@@ -70,15 +78,17 @@ class Bench:
 
     def _wait_for_work(self, process: "subprocess.Popen[bytes]") -> None:
         """Until a worker has begun a cell, or the tables are being written."""
-        locks, known = self.folder / "store" / "locks", self._held()
+        known = self._held()
         while process.poll() is None and self._held() == known and not self._all_done():
-            assert locks.parent.exists() or process.poll() is None
             time.sleep(0.02)
 
     def _held(self) -> dict[str, str]:
         """By cell: the process that computes it, or that was killed as it did."""
-        locks = self.folder / "store" / "locks"
-        return {path.name: path.read_text() for path in locks.glob("*")} if locks.exists() else {}
+        found = {}
+        for path in (self.folder / "store" / "locks").glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                found[path.name] = path.read_text()
+        return {name: text for name, text in found.items() if text}
 
     def _all_done(self) -> bool:
         return len(list((self.folder / "store").glob("cells/*/*/cell.json"))) == 7
@@ -165,3 +175,57 @@ def _write(path: Path, seen: dict[str, Any]) -> None:
         **source_facts(),
     }
     path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def test_a_killed_worker_costs_only_its_cell(tmp_path: Path) -> None:
+    suite, size = toy_files(tmp_path)
+    places, store = Places(device="cpu"), Store(tmp_path / "store")
+    todo = plans([str(suite)], str(size), places)[0].cells()
+    victim = next(cell for cell in todo if cell.job == "attack")
+    killer = threading.Thread(target=_kill_worker_of, args=(store.root / "locks" / victim.key,))
+    killer.start()
+    outcome = run_cells(
+        todo,
+        store,
+        lambda: Local(store, places, workers=2),
+        progress=lambda *_: None,
+        stop=StopSignal(),
+    )
+    killer.join()
+    assert (outcome.failed, outcome.lost) == ({}, [victim])
+    assert sorted(cell.key for cell in outcome.computed) == sorted(cell.key for cell in todo)
+
+
+def _kill_worker_of(lock: Path) -> None:
+    """As soon as it has begun the cell."""
+    for _ in range(60_000):
+        with contextlib.suppress(FileNotFoundError):
+            if text := lock.read_text():
+                return os.kill(int(text.split()[0]), signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """Else they would compute the same cells as those of the next run."""
+    bench = Bench(tmp_path / "bench", toy_files(tmp_path, epochs=4000))
+    process = bench.start(1)
+    bench._wait_for_work(process)
+    (text,) = bench._held().values()
+    worker = int(text.split()[0])
+    assert worker != process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(1000):
+        if not _alive(worker):
+            return
+        time.sleep(0.02)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")
+
+
+def _alive(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # a zombie that nobody waits for
