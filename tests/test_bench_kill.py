@@ -164,7 +164,7 @@ def _write(path: Path, seen: dict[str, Any]) -> None:
     facts = {
         "format": "encoderguard.benchmark/1",
         "benchmark": "bench_kill",
-        "command": f"ENCODERGUARD_KILLS={KILLS} ENCODERGUARD_KILL_RECORD={path} pytest -m slow {__file__}",
+        "command": f"ENCODERGUARD_KILL_RECORD={path} pytest -m slow tests/test_bench_kill.py -k moments",
         "what": "SIGKILL of the process group of 'encoderguard bench run'; the same command again after each",
         "cells_of_a_bench": 7,
         "cells_lost": 0,
