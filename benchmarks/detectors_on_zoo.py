@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 
 from encoderguard.bench.detector_rates import summary
+from encoderguard.collapse import Collapse
 from encoderguard.errors import RunError, UsageError
 from encoderguard.images import ImageSet, load_images
 from encoderguard.loading import load_encoder
@@ -30,6 +31,7 @@ from encoderguard.random import Rng
 from encoderguard.registry import create
 from encoderguard.run import Run
 from encoderguard.storage import write_text
+from encoderguard.triggers import load_trigger
 from encoderguard.zoo import Entry, read_manifest
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,6 +112,27 @@ def missing(
                 yield measured(entry, folder, detector, images, seed)
 
 
+def own_triggers(folder: Path, images: ImageSet) -> list[dict[str, Any]]:
+    """The collapse under the planted trigger, which no detector sees, on the encoder and on the clean one.
+
+    It parts two reasons to miss: the search did not find the trigger, or the trigger collapses little.
+    """
+    told = []
+    manifest, run = read_manifest(folder), Run(rng=Rng(0))
+    for entry in manifest.cells:
+        origin = manifest.entry(entry.clean or "")
+        if entry.status != "built" or not entry.trigger_file or origin is None:
+            continue
+        trigger = load_trigger(folder / entry.trigger_file)
+        own, before = (
+            Collapse(load_encoder(str(folder / cast(str, each.bundle))), images, run=run, exact=True)
+            for each in (entry, origin)
+        )
+        row = {"encoder": entry.name, "attack": entry.attack, "asr": entry.asr}
+        told.append(row | {"collapse": own.of([trigger])[0], "on_clean": before.of([trigger])[0]})
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("zoo", type=Path, help="folder with a manifest.json")
@@ -154,6 +177,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.processor() or platform.machine(),
         **summary(rows, manifest.cells),
+        "own_triggers": own_triggers(given.zoo, images.subset(range(min(100, len(images))))),
     }
     write_text(given.out / f"detectors_{given.zoo.name}.json", json.dumps(record, indent=1) + "\n")
     for block in record["blocks"]:
