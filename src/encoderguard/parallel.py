@@ -8,6 +8,7 @@ nothing is read from a file.
 import logging
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def spread(work: Callable[..., T], *args: Any, run: Run, devices: int, **kwargs:
             fabric.launch(process, _Task(relay, work, args, kwargs, run.silent()))
         except (ProcessExitedException, ProcessRaisedException) as error:
             lost = error
-        except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
+        except (AttributeError, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise _not_started(error) from error
     if found.errors:
         raise found.errors[0]
@@ -195,8 +196,7 @@ def _surroundings(work: Callable[..., Any]) -> Iterator[None]:
     for name in _MARKS:
         os.environ.pop(name, None)
     if START == "forkserver":
-        forkserver.set_forkserver_preload([*_PRELOADED, work.__module__])
-        forkserver.ensure_running()
+        _start_server(work.__module__)
     try:
         yield
     finally:
@@ -207,3 +207,16 @@ def _surroundings(work: Callable[..., Any]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _start_server(module: str) -> None:
+    """Unless it runs already. It and what it forks are deaf to Ctrl-C from the start."""
+    forkserver.set_forkserver_preload([*_PRELOADED, module])
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
