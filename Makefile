@@ -12,9 +12,9 @@ CHECKED := src tests $(wildcard benchmarks)
 
 # One thread: test workers that each start a thread per core only slow each other down, and the demo's small network
 # gains nothing from a second one.
-test slow demo: export OMP_NUM_THREADS = 1
+test slow demo bench: export OMP_NUM_THREADS = 1
 
-.PHONY: venv lint test slow demo clean
+.PHONY: venv lint test slow demo bench clean
 
 venv: $(STAMP)
 
@@ -37,6 +37,11 @@ slow: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/encoderguard demo
+
+# Every table and figure in its smallest size: the machinery on real digits. Finished cells stay in runs/bench-tiny.
+bench: $(STAMP)
+	$(BIN)/encoderguard bench run all --size tiny --out runs/bench-tiny --workers $(WORKERS)
+	$(BIN)/encoderguard bench verify runs/bench-tiny
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
