@@ -558,3 +558,24 @@ def test_a_list_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> 
         read_specs(path)
     with pytest.raises(SettingError, match="cannot be read"):
         read_specs(tmp_path / "missing.txt")
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def test_cells_of_many_encoders_by_hand() -> None:
+    from benchmarks.bench_cost import extrapolated, grid
+
+    cells = grid(25, detectors=2, defenses=1, sharing=10)
+    assert cells == {"pretrain": 3, "attack": 25, "scan": 56, "purify": 25, "evaluate": 50}
+    kinds = {job: {"seconds": 2.0, "bytes": 10.0} for job in cells}
+    cost = extrapolated(kinds, cells, 0.5)
+    assert (cost["cells"], cost["core_seconds"], cost["bytes"]) == (159, 397.5, 1590.0)
+
+
+def test_the_cost_in_the_documentation_is_the_recorded_one() -> None:
+    from benchmarks.bench_cost import RESULTS, markdown
+
+    page = (Path(__file__).parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- cost -->\n")[2].partition("\n<!-- /cost -->")[0]
+    assert shown == markdown(json.loads((RESULTS / "bench_cost.json").read_text(encoding="utf-8")))
