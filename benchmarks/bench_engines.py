@@ -24,7 +24,8 @@ from typing import Any
 from encoderguard.bench.cells import Places, open_images
 from encoderguard.bench.engine import Backend, Outcome, run_cells
 from encoderguard.bench.outcome import comparable
-from encoderguard.bench.plan import Cell, make_plan
+from encoderguard.bench.plan import Cell
+from encoderguard.bench.planner import make_plan
 from encoderguard.bench.run import EngineName, backend
 from encoderguard.bench.store import Store
 from encoderguard.bench.suite import Choice, Size, Suite, Task

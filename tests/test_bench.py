@@ -19,7 +19,8 @@ from encoderguard.bench.local import attempt
 from encoderguard.bench.notation import as_csv, as_latex, as_markdown
 from encoderguard.bench.outcome import collect, write_result
 from encoderguard.bench.page import tables_of, verify, verify_all, write_pages
-from encoderguard.bench.plan import Cell, Plan, make_plan
+from encoderguard.bench.plan import Cell, Plan
+from encoderguard.bench.planner import make_plan
 from encoderguard.bench.run import run_bench
 from encoderguard.bench.store import Store
 from encoderguard.bench.suite import Choice, Size, Suite, load_suite, size_named, suite_names

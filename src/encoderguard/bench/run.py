@@ -11,7 +11,8 @@ from encoderguard.bench.leaderboard import write_leaderboard
 from encoderguard.bench.local import Local
 from encoderguard.bench.outcome import collect, write_result
 from encoderguard.bench.page import write_pages
-from encoderguard.bench.plan import Plan, make_plan
+from encoderguard.bench.plan import Plan
+from encoderguard.bench.planner import make_plan
 from encoderguard.bench.store import Store
 from encoderguard.bench.suite import SizeName, load_suite, size_named, suite_names
 from encoderguard.errors import RunError, SettingError
