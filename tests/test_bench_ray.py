@@ -178,6 +178,12 @@ def test_shares_are_checked_against_the_cluster() -> None:
         _share(0.25, {"CPU": 4.0}, "auto")
 
 
+def test_an_address_where_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(SettingError, match=r"No Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:9 \(Conn"):
+        OnRay(Store(tmp_path), PLACES, workers=1)
+
+
 def test_shares_need_ray(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="Shares of accelerators need Ray"):
         run_bench(["decree-table1"], out=tmp_path, accelerators=0.25)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -122,13 +123,34 @@ def _start(ray: Any, workers: int | None) -> None:
     local: dict[str, Any] = {}
     if _local_cluster():
         local = {"address": "local", "num_cpus": workers, "object_store_memory": _OBJECTS}
+    if not local:
+        _check_reachable(os.environ["RAY_ADDRESS"])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anyone unasked
     try:
         with _handlers_kept():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        where = "here" if local else f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-        raise SettingError(f"There is no Ray cluster {where}: {_last_line(error)}") from None
+        if local:
+            raise SettingError(f"Ray cannot start a cluster here: {_last_line(error)}") from None
+        where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+        raise SettingError(
+            f"The Ray cluster {where} cannot be joined ({_last_line(error)}); "
+            "if it asks for a token, set RAY_AUTH_MODE=token as on its nodes."
+        ) from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes. Raises SettingError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # a name that Ray knows, such as auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise SettingError(
+            f"No Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}); "
+            "correct it, or unset it to use a cluster on this machine."
+        ) from None
 
 
 @contextlib.contextmanager
