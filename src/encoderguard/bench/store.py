@@ -103,7 +103,7 @@ class Store:
         if fcntl is None:
             yield
             return
-        path = prepare_folder(self.root / "locks") / cell.key
+        path = self.root / "locks" / cell.key
         lock = _locked(path)
         try:
             with contextlib.suppress(OSError):  # it is for people to read
@@ -160,6 +160,7 @@ def _locked(path: Path) -> int:
     """A descriptor of the locked file; one that its last holder removed while we waited does not count."""
     while True:
         try:
+            path.parent.mkdir(exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise translated(error, path) from error
