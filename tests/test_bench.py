@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from encoderguard import registry
 from encoderguard.bench.cells import Places
@@ -24,7 +25,7 @@ from encoderguard.bench.planner import make_plan
 from encoderguard.bench.run import run_bench
 from encoderguard.bench.store import Store
 from encoderguard.bench.suite import Choice, Size, Suite, load_suite, size_named, suite_names
-from encoderguard.bench.tables import compared, sheets, spread
+from encoderguard.bench.tables import _auroc, compared, sheets, spread
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError, UsageError
 from encoderguard.images import ImageSet
@@ -418,6 +419,17 @@ def _row(key: str, **facts: Any) -> dict[str, Any]:
     values = {"acc": 0.9, "asr": 0.5, "clean_asr": 0.1, "map": {"clean": [[0, 1]], "triggered": [[2, 3]]}}
     facts = {"pretrain": "simclr", "attack": "badencoder", "task": "digits", "seed": 0, **facts}
     return {"facts": facts, "values": values, "records": {"evaluate": key}, "failed": None}
+
+
+def test_the_area_under_the_curve_is_the_library_s() -> None:
+    truth, scores = [True, False, True, False, True], [0.1, 0.1, 0.2, 0.4, 0.05]
+    cases = [(bad, {"score": score, "direction": "small"}) for bad, score in zip(truth, scores, strict=True)]
+    expected = roc_auc_score(truth, [-score for score in scores])
+    assert _auroc(cases).startswith(f"{expected:.3f} [")
+    assert _auroc([(True, {"score": 0.0, "direction": "large"}), *cases[1:2]]).startswith(
+        "0.000 [0.000, 0.000]"
+    )
+    assert _auroc(cases[:1]) == "-"
 
 
 def test_sweeps_and_maps_are_drawn_with_a_link_per_point() -> None:

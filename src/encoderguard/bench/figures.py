@@ -24,7 +24,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, bytes]:
             made["maps"] = _maps(rows)
         if any("x" in row["facts"] and "defense" in row["facts"] for row in rows):
             made["sweep"] = _sweep(rows, result["axis"])
-        if any("defense" in row["facts"] for row in rows):
+        if any(row["values"].get("asr") is not None for row in rows):
             made["heat"] = _heat(rows)
         if any("detector" in row["facts"] for row in rows):
             made |= {"scores": _scores(rows), "roc": _roc(rows)}
@@ -86,9 +86,9 @@ def _heat(rows: Sequence[Row]) -> bytes:
         for key, members in cells.items()
     }
     grid = np.array([[above.get((defense, attack), np.nan) for attack in attacks] for defense in defenses])
-    figure = Figure(figsize=(1.6 + 1.1 * max(1, len(attacks)), 0.9 + 0.42 * max(1, len(defenses))))
+    figure = Figure(figsize=(1.6 + 1.1 * len(attacks), 0.9 + 0.42 * len(defenses)))
     axes = figure.add_subplot()
-    axes.imshow(np.atleast_2d(grid), cmap="OrRd", vmin=0, vmax=100, aspect="auto")
+    axes.imshow(grid, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(attacks)), attacks, rotation=20, ha="right")
     axes.set_yticks(range(len(defenses)), defenses)
     for (defense, attack), value in above.items():

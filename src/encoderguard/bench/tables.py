@@ -5,7 +5,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from encoderguard.bench.notation import Sheet
 
@@ -201,13 +200,14 @@ def _auroc(cases: Sequence[tuple[bool, Mapping[str, Any]]]) -> str:
     truth, scores = np.array([bad for bad, _ in known]), np.array([score for _, score in known])
     if len(set(truth.tolist())) < 2:
         return "-"
-    random, drawn = np.random.default_rng(0), []
-    for _ in range(_BOOTSTRAPS):
-        chosen = random.integers(0, len(truth), len(truth))
-        if 0 < truth[chosen].sum() < len(truth):
-            drawn.append(roc_auc_score(truth[chosen], scores[chosen]))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return f"{roc_auc_score(truth, scores):.3f} [{low:.3f}, {high:.3f}] (n={len(truth)})"
+    bad, good = scores[truth], scores[~truth]
+    above = (bad[:, None] > good) + 0.5 * (bad[:, None] == good)  # its mean is the area (Mann and Whitney)
+    drawn = np.random.default_rng(0).multinomial(len(truth), np.ones(len(truth)) / len(truth), _BOOTSTRAPS)
+    times_bad, times_good = drawn[:, truth], drawn[:, ~truth]
+    pairs = times_bad.sum(1) * times_good.sum(1)
+    areas = np.einsum("si,ij,sj->s", times_bad, above, times_good)[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(areas, [0.025, 0.975])
+    return f"{above.mean():.3f} [{low:.3f}, {high:.3f}] (n={len(truth)})"
 
 
 def _profiles(rows: Sequence[Row]) -> Sheet:
