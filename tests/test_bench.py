@@ -426,7 +426,7 @@ def test_the_area_under_the_curve_is_the_library_s() -> None:
     cases = [(bad, {"score": score, "direction": "small"}) for bad, score in zip(truth, scores, strict=True)]
     expected = roc_auc_score(truth, [-score for score in scores])
     assert _auroc(cases).startswith(f"{expected:.3f} [")
-    assert _auroc([(True, {"score": 0.0, "direction": "large"}), *cases[1:2]]).startswith(
+    assert _auroc([(True, {"score": -1.0, "direction": "large"}), *cases[1:2]]).startswith(
         "0.000 [0.000, 0.000]"
     )
     assert _auroc(cases[:1]) == "-"
