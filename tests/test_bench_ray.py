@@ -93,7 +93,9 @@ def kill_worker_of(cell: Cell, folder: Path, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_worker_costs_only_its_cell(cluster: None, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_only_its_cell(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     todo = cells(tmp_path)
     victim = next(cell for cell in todo if cell.job == "attack")
     killed: list[int] = []
@@ -104,6 +106,7 @@ def test_a_killed_worker_costs_only_its_cell(cluster: None, tmp_path: Path) -> N
     assert (outcome.failed, outcome.lost, len(killed)) == ({}, [victim], 1)
     assert sorted(cell.key for cell in outcome.computed) == sorted(cell.key for cell in todo)
     assert list((tmp_path / "store" / "locks").iterdir()) == []
+    assert capsys.readouterr().out == ""  # results alone; what Ray tells goes to standard error
 
 
 def test_a_cell_that_fails_is_told_and_not_tried_again(cluster: None, tmp_path: Path) -> None:

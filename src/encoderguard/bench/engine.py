@@ -1,6 +1,8 @@
 """Runs the cells of a plan that are not in the store yet, on a backend: worker processes here, or Ray."""
 
+import contextlib
 import heapq
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -65,7 +67,15 @@ def run_cells(
     schedule = _Schedule(cells, outcome)
     if not schedule.ready:
         return outcome
-    backend, running = make(), dict[Any, Cell]()
+    with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+        _work_off(schedule, make, len(cells), progress, stop)
+    return outcome
+
+
+def _work_off(
+    schedule: "_Schedule", make: Callable[[], Backend], total: int, progress: Progress, stop: StopSignal
+) -> None:
+    backend, running, outcome = make(), dict[Any, Cell](), schedule.outcome
     try:
         while schedule.ready or running:
             if stop.requested:
@@ -75,10 +85,9 @@ def run_cells(
             for handle, error, lost in backend.finished(list(running), 0.5):
                 schedule.end(running.pop(handle), error, lost=lost)
                 done = len(outcome.kept) + len(outcome.computed) + len(outcome.failed)
-                progress("bench", done, len(cells), f"{len(outcome.failed)} failed")
+                progress("bench", done, total, f"{len(outcome.failed)} failed")
     finally:
         backend.close()
-    return outcome
 
 
 class _Schedule:
