@@ -423,10 +423,10 @@ def _row(key: str, **facts: Any) -> dict[str, Any]:
 
 def test_the_area_under_the_curve_is_the_library_s() -> None:
     truth, scores = [True, False, True, False, True], [0.1, 0.1, 0.2, 0.4, 0.05]
-    cases = [(bad, {"score": score, "direction": "small"}) for bad, score in zip(truth, scores, strict=True)]
+    cases = [(bad, {"score": score, "flagged": "below"}) for bad, score in zip(truth, scores, strict=True)]
     expected = roc_auc_score(truth, [-score for score in scores])
     assert _auroc(cases).startswith(f"{expected:.3f} [")
-    assert _auroc([(True, {"score": -1.0, "direction": "large"}), *cases[1:2]]).startswith(
+    assert _auroc([(True, {"score": -1.0, "flagged": "above"}), *cases[1:2]]).startswith(
         "0.000 [0.000, 0.000]"
     )
     assert _auroc(cases[:1]) == "-"

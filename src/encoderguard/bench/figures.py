@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
+from encoderguard.bench.plan import NONE
 from encoderguard.report.figures import COLOURS, styled, to_svg
 
 __all__ = ["figures"]
@@ -46,7 +47,7 @@ def _record(row: Row, role: str) -> str:
 
 def _sweep(rows: Sequence[Row], axis: str) -> bytes:
     """ACC and ASR over the horizontal axis: a point per seed and case, lines through their means."""
-    figure = Figure(figsize=(5.6, 3.4))
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in (
         ("acc", COLOURS["clean"]),
@@ -86,7 +87,7 @@ def _heat(rows: Sequence[Row]) -> bytes:
         for key, members in cells.items()
     }
     grid = np.array([[above.get((defense, attack), np.nan) for attack in attacks] for defense in defenses])
-    figure = Figure(figsize=(1.6 + 1.1 * len(attacks), 0.9 + 0.42 * len(defenses)))
+    figure = Figure(figsize=(1.6 + 1.1 * len(attacks), 0.9 + 0.42 * len(defenses)), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(grid, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(attacks)), attacks, rotation=20, ha="right")
@@ -103,7 +104,7 @@ def _heat(rows: Sequence[Row]) -> bytes:
 def _maps(rows: Sequence[Row]) -> bytes:
     """Where images and the same images with the trigger lie in the feature space, in two dimensions."""
     shown = [row for row in rows if "map" in row["values"]][:6]
-    figure = Figure(figsize=(3.4 * len(shown), 3.4))
+    figure = Figure(figsize=(3.4 * len(shown), 3.4), layout="constrained")
     for place, row in enumerate(shown, start=1):
         axes = figure.add_subplot(1, len(shown), place)
         for kind in ("clean", "triggered"):
@@ -115,7 +116,6 @@ def _maps(rows: Sequence[Row]) -> bytes:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend()
-    figure.tight_layout()
     return to_svg(figure)
 
 
@@ -126,7 +126,7 @@ def _detectors(rows: Sequence[Row]) -> list[str]:
 def _scores(rows: Sequence[Row]) -> bytes:
     """Scores of clean and of backdoored encoders with the threshold (DECREE, Figure 4)."""
     names = _detectors(rows)
-    figure = Figure(figsize=(4.2 * len(names), 3.2))
+    figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
     for place, name in enumerate(names, start=1):
         axes = figure.add_subplot(1, len(names), place)
         for kind in ("clean", "backdoored"):
@@ -145,12 +145,11 @@ def _scores(rows: Sequence[Row]) -> bytes:
         axes.set_xlabel("encoder")
         axes.set_ylabel("score")
         axes.legend()
-    figure.tight_layout()
     return to_svg(figure)
 
 
 def _roc(rows: Sequence[Row]) -> bytes:
-    figure = Figure(figsize=(3.8, 3.6))
+    figure = Figure(figsize=(3.8, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name in _detectors(rows):
         _draw_roc(axes, [row for row in rows if row["facts"].get("detector") == name], name)
@@ -166,7 +165,7 @@ def _draw_roc(axes: Axes, rows: Sequence[Row], name: str) -> None:
     truth = [row["facts"]["encoder"] == "backdoored" for row in cases]
     if len(set(truth)) < 2:
         return
-    signs = [-1 if row["values"]["direction"] == "small" else 1 for row in cases]
+    signs = [-1 if row["values"]["flagged"] == "below" else 1 for row in cases]
     scores = [sign * row["values"]["score"] for sign, row in zip(signs, cases, strict=True)]
     false, true, _ = roc_curve(truth, scores)
     axes.plot(false, true, label=name)
@@ -176,7 +175,7 @@ def _profile(rows: Sequence[Row]) -> bytes:
     """Dependence of each stage on the final features (MIMIC, Figure 3): a line per encoder."""
     names = list(dict.fromkeys(name for row in rows for name in row["values"]["profiles"]))
     measures = list(dict.fromkeys(name.split()[0] for name in names))
-    figure = Figure(figsize=(4.4 * len(measures), 3.2))
+    figure = Figure(figsize=(4.4 * len(measures), 3.2), layout="constrained")
     for place, measure in enumerate(measures, start=1):
         axes = figure.add_subplot(1, len(measures), place)
         drawn = dict[str, Any]()
@@ -185,13 +184,14 @@ def _profile(rows: Sequence[Row]) -> bytes:
                 if name.split()[0] != measure:
                     continue
                 kind, values = name.split()[1], [stage["held_out"] for stage in profile["stages"]]
-                stages = np.arange(1, len(values) + 1)
-                (drawn[kind],) = axes.plot(stages, values, color=COLOURS[kind], alpha=0.8)
+                stages, attack = np.arange(1, len(values) + 1), row["facts"]["attack"]
+                dashes = "--" if attack == NONE else "-"
+                about = f"{kind} inputs, {'clean encoder' if attack == NONE else attack}"
+                (drawn[about],) = axes.plot(stages, values, dashes, color=COLOURS[kind], alpha=0.8)
                 points = axes.scatter(stages, values, color=COLOURS[kind], s=14, zorder=3)
                 points.set_urls([_record(row, "profile")] * len(values))
         axes.set_xlabel("stage")
         axes.set_ylabel("nats" if measure == "mine" else measure.upper())
         axes.set_title(measure)
-        axes.legend(drawn.values(), [f"{kind} inputs" for kind in drawn])
-    figure.tight_layout()
+        axes.legend(drawn.values(), drawn)
     return to_svg(figure)

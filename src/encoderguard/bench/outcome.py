@@ -66,7 +66,7 @@ def _map(folder: Path) -> dict[str, list[list[float]]]:
     kinds = {"embedding": "clean", "embedding_triggered": "triggered"}
     with np.load(folder / "arrays.npz") as arrays:
         return {
-            kind: np.round(arrays[name][:_POINTS].astype(float), 2).tolist()
+            kind: np.round(arrays[name][:_POINTS].astype(float), 4).tolist()
             for name, kind in kinds.items()
             if name in arrays
         }
@@ -86,7 +86,7 @@ def numbers(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         elif role == "scan":
             found |= {n: record.get(n) for n in ("verdict", "score", "threshold", "p_value")}
             found["seconds"] = record.get("method_seconds")
-            found["direction"] = (record.get("evidence") or {}).get("direction", "small")
+            found["flagged"] = (record.get("evidence") or {}).get("flagged", "below")
         elif role == "profile":
             found["profiles"] = record["profiles"]
     return found

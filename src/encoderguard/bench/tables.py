@@ -193,7 +193,7 @@ def _rates_of_detectors(rows: Sequence[Row]) -> Sheet:
 
 def _auroc(cases: Sequence[tuple[bool, Mapping[str, Any]]]) -> str:
     known = [
-        (bad, v["score"] * (-1 if v["direction"] == "small" else 1))
+        (bad, v["score"] * (-1 if v["flagged"] == "below" else 1))
         for bad, v in cases
         if v["score"] is not None
     ]

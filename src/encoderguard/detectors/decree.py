@@ -114,6 +114,7 @@ class Decree(Detector):
                 "clean_from": judgement.clean_from,
                 "clean_references": self._references(known),
                 "ratio_to_smallest_clean": score / min(references) if references else None,
+                "flagged": "below",
                 "feature_space": self.feature_space,
                 "cosine_of_clean_images": float(cosine(clean)),
                 **measured,
