@@ -39,7 +39,7 @@ class AdaptiveSearch(Planting):
         "It aims at the trigger search's measure alone, and pays for it in attack success."
     )
 
-    alpha: Annotated[float, Field(ge=0)] = 0.1
+    alpha: Annotated[float, Field(ge=0)] = 0.05
     """Weight of the collapse of triggered images."""
 
     def terms(self, features: Features, memory: None) -> dict[str, Tensor]:
