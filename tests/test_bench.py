@@ -444,7 +444,8 @@ def test_the_leaderboard_counts_a_case_once_and_no_ablation() -> None:
     first = {"rows": [_row("a", defense="none"), _row("b", defense="mimic")]}
     again = {"rows": [_row("b", defense="mimic"), _row("c", defense="no cosine")]}
     (ranks,) = leaderboard([first, again])
-    assert [line[0] for line in ranks.rows] == ["none", "mimic"]
+    assert ranks.title == "Defenses: badencoder on simclr, digits"
+    assert [line[:2] for line in ranks.rows] == [["none", "1"], ["mimic", "1"]]
     assert [line[2] for line in ranks.rows] == ["40.0 (n=1)", "40.0 (n=1)"]
 
 
@@ -455,6 +456,12 @@ def test_a_changed_leaderboard_is_found(finished: Path, tmp_path: Path) -> None:
     board = tmp_path / "out" / "leaderboard.md"
     board.write_text(board.read_text().replace("n=1", "n=3"))
     assert verify_all(tmp_path / "out")[1] == ["out: leaderboard.md is not what its results give"]
+
+
+def test_the_committed_results_follow_from_their_records() -> None:
+    count, faults = verify_all(Path(__file__).parents[1] / "benchmarks" / "results" / "bench")
+    assert count >= 6
+    assert faults == []
 
 
 def test_a_result_that_follows_from_its_records_is_verified(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,13 @@ from encoderguard.storage import write_text
 __all__ = ["check_leaderboard", "leaderboard", "leaderboard_pages", "write_leaderboard"]
 
 _NOTE = (
-    "Over all results of this folder in one size; each case (encoder, seed) counts once. A method under "
-    "settings other than the size's, as in ablations, is not ranked. Compare those that were run on the "
-    "same cases (n)."
+    "Over all results of this folder, by size and by what was attacked how; each encoder counts once (n). A "
+    "method under settings other than the size's, as in ablations, is not ranked."
 )
 
 
 def leaderboard(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
-    """The ranks of defenses and the rates of detectors over several results.
+    """The ranks of defenses for each attack, and the rates of detectors, over several results.
 
     Args:
         results: as ``read_result`` gives them, of one size.
@@ -34,7 +34,16 @@ def leaderboard(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
             family = "defense" if "defense" in row["facts"] else "detector"
             if row["facts"].get(family) in known[family] and "x" not in row["facts"] and not row["failed"]:
                 cases[f"{family} {sorted(row['records'].items())}"] = row
-    return rank_sheets(list(cases.values()))
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in cases.values():  # defenses that were not run on the same encoders are not compared
+        facts = row["facts"]
+        attacked = f"{facts['attack'].lower()} on {facts['pretrain']}, {facts['task']}"
+        groups.setdefault(attacked if "defense" in facts else "", []).append(row)
+    return [
+        replace(sheet, title=f"Defenses: {about}" if about else sheet.title)
+        for about, rows in groups.items()
+        for sheet in rank_sheets(rows)
+    ]
 
 
 def leaderboard_pages(out: Path) -> dict[str, str]:

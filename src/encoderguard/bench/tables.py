@@ -136,8 +136,8 @@ def _ranks(rows: Sequence[Row]) -> Sheet:
 
 
 def _places(values: Sequence[tuple[str, float]]) -> dict[str, str]:
-    ordered = sorted(values, key=lambda pair: pair[1])
-    return {name: str(place) for place, (name, _) in enumerate(ordered, start=1)}
+    """Places from 1; equal values share one."""
+    return {name: str(1 + sum(other < value for _, other in values)) for name, value in values}
 
 
 def _two(values: Sequence[float]) -> str:
