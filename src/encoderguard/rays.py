@@ -38,7 +38,8 @@ LEVELS: dict[TriggerFamily, tuple[float, ...]] = {
     "warp": (0.01, 0.02, 0.04, 0.06, 0.08),
 }
 """Strengths, ascending. The largest still leave an image recognisable."""
-PLACES: tuple[tuple[float, float], ...] = tuple(itertools.product((0.04, 0.5, 0.96), repeat=2))
+_ALONG = (0.04, 0.5, 0.96)
+PLACES: tuple[tuple[float, float], ...] = tuple(itertools.product(_ALONG, _ALONG))
 """Of patches: near both edges, with about a pixel between, and the middle."""
 UNITS: dict[TriggerFamily, str] = {
     "patch": "side, share of the image's shorter side",
