@@ -181,7 +181,8 @@ def main() -> None:
     record: dict[str, Any] = {
         "format": "encoderguard.benchmark/1",
         "benchmark": "bench_engines",
-        "command": f"python benchmarks/bench_engines.py --seeds {options.seeds} --epochs {options.epochs}",
+        "command": f"python benchmarks/bench_engines.py --seeds {options.seeds} --epochs {options.epochs} "
+        f"--parts {' '.join(options.parts)}",
         "cells": len(todo),
         "cores": os.cpu_count(),
         "threads_each": os.environ["OMP_NUM_THREADS"],
