@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from encoderguard.bench.auroc import auroc
 from encoderguard.bench.detector_rates import (
     above_clean,
-    auroc,
     beside,
     bound_at,
     cross_entropy,

@@ -19,6 +19,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from encoderguard import calibration
+from encoderguard.bench.auroc import auroc
 from encoderguard.detectors._trigger_verdict import Rule, judge
 from encoderguard.detectors.abs import judge_share, wilson
 from encoderguard.nulls import excesses
@@ -26,7 +27,6 @@ from encoderguard.zoo import Entry
 
 __all__ = [
     "above_clean",
-    "auroc",
     "beside",
     "bound_at",
     "cases_of",
@@ -37,7 +37,7 @@ __all__ = [
     "summary",
 ]
 
-FPR, WORKING, BOOTSTRAPS = 0.05, 0.8, 2000
+FPR, WORKING = 0.05, 0.8
 Row = Mapping[str, Any]
 Case = dict[str, Any]
 
@@ -136,20 +136,6 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
             told = {"score": above_clean(row, references), "verdict": "inconclusive", "p_value": None}
             cases.append(case | told | {"detector": "trigger_search, candidate by candidate"})
     return cases
-
-
-def auroc(clean: Sequence[float], bad: Sequence[float]) -> dict[str, float] | None:
-    """With a 95 % bootstrap interval; clean and backdoored encoders are drawn apart."""
-    if not clean or not bad:
-        return None
-    own, other = np.array(bad)[:, None], np.array(clean)[None]
-    wins = (own > other) + 0.5 * (own == other)
-    random = np.random.default_rng(0)
-    drawn_bad, drawn_clean = (
-        random.multinomial(n, np.full(n, 1 / n), size=BOOTSTRAPS) / n for n in (len(bad), len(clean))
-    )
-    low, high = np.quantile(((drawn_bad @ wins) * drawn_clean).sum(1), [0.025, 0.975]).tolist()
-    return {"value": float(wins.mean()), "low": low, "high": high}
 
 
 def bound_at(clean: Sequence[float], fpr: float = FPR) -> float:

@@ -87,7 +87,9 @@ def _heat(rows: Sequence[Row]) -> bytes:
         for key, members in cells.items()
     }
     grid = np.array([[above.get((defense, attack), np.nan) for attack in attacks] for defense in defenses])
-    figure = Figure(figsize=(1.6 + 1.1 * len(attacks), 0.9 + 0.42 * len(defenses)), layout="constrained")
+    figure = Figure(
+        figsize=(max(4.6, 2.2 + 1.1 * len(attacks)), 0.9 + 0.42 * len(defenses)), layout="constrained"
+    )
     axes = figure.add_subplot()
     axes.imshow(grid, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(attacks)), attacks, rotation=20, ha="right")
@@ -95,7 +97,7 @@ def _heat(rows: Sequence[Row]) -> bytes:
     for (defense, attack), value in above.items():
         colour = "white" if value > 60 else COLOURS["neutral"]
         place = (attacks.index(attack), defenses.index(defense))
-        text = axes.text(*place, f"{value:.0f}", ha="center", va="center", color=colour)
+        text = axes.text(*place, str(round(value)), ha="center", va="center", color=colour)
         text.set_url(_record(cells[defense, attack][0], "evaluate"))
     axes.set_title("ASR above the clean encoder's, points")
     return to_svg(figure)
@@ -142,7 +144,8 @@ def _scores(rows: Sequence[Row]) -> bytes:
         for threshold in thresholds:
             axes.axhline(threshold, color=COLOURS["neutral"], linestyle="--", linewidth=1)
         axes.set_title(name)
-        axes.set_xlabel("encoder")
+        axes.set_xticks([])
+        axes.set_xlabel("encoders")
         axes.set_ylabel("score")
         axes.legend()
     return to_svg(figure)
@@ -190,6 +193,7 @@ def _profile(rows: Sequence[Row]) -> bytes:
                 (drawn[about],) = axes.plot(stages, values, dashes, color=COLOURS[kind], alpha=0.8)
                 points = axes.scatter(stages, values, color=COLOURS[kind], s=14, zorder=3)
                 points.set_urls([_record(row, "profile")] * len(values))
+        axes.set_xticks(stages)
         axes.set_xlabel("stage")
         axes.set_ylabel("nats" if measure == "mine" else measure.upper())
         axes.set_title(measure)

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
-
+from encoderguard.bench.auroc import auroc
 from encoderguard.bench.notation import Sheet
 
 __all__ = ["compared", "rank_sheets", "sheets", "spread"]
@@ -22,7 +21,6 @@ _NAMES = {
     "seconds": "seconds",
     "memory": "peak MiB",
 }
-_BOOTSTRAPS = 1000
 Row = Mapping[str, Any]
 
 
@@ -192,22 +190,15 @@ def _rates_of_detectors(rows: Sequence[Row]) -> Sheet:
 
 
 def _auroc(cases: Sequence[tuple[bool, Mapping[str, Any]]]) -> str:
-    known = [
-        (bad, v["score"] * (-1 if v["flagged"] == "below" else 1))
-        for bad, v in cases
-        if v["score"] is not None
-    ]
-    truth, scores = np.array([bad for bad, _ in known]), np.array([score for _, score in known])
-    if len(set(truth.tolist())) < 2:
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    for bad, values in cases:
+        if values["score"] is not None:
+            scores[bad].append(values["score"] * (-1 if values["flagged"] == "below" else 1))
+    area = auroc(scores[False], scores[True])
+    if area is None:
         return "-"
-    bad, good = scores[truth], scores[~truth]
-    above = (bad[:, None] > good) + 0.5 * (bad[:, None] == good)  # its mean is the area (Mann and Whitney)
-    drawn = np.random.default_rng(0).multinomial(len(truth), np.ones(len(truth)) / len(truth), _BOOTSTRAPS)
-    times_bad, times_good = drawn[:, truth], drawn[:, ~truth]
-    pairs = times_bad.sum(1) * times_good.sum(1)
-    areas = np.einsum("si,ij,sj->s", times_bad, above, times_good)[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(areas, [0.025, 0.975])
-    return f"{above.mean():.3f} [{low:.3f}, {high:.3f}] (n={len(truth)})"
+    interval = f"[{area['low']:.3f}, {area['high']:.3f}]"
+    return f"{area['value']:.3f} {interval} (n={len(scores[True]) + len(scores[False])})"
 
 
 def _profiles(rows: Sequence[Row]) -> Sheet:
