@@ -26,6 +26,7 @@ from encoderguard.similarity import neighbour_overlap
 from encoderguard.training import Batch, Plan, train
 
 __all__ = [
+    "PRUNING_FLOOR",
     "UTILITY_FLOOR",
     "Contrast",
     "Gate",
@@ -37,8 +38,13 @@ __all__ = [
     "utility",
 ]
 
-UTILITY_FLOOR = 0.8
-"""Overlap of neighbours below which a repaired encoder is taken to have lost too much (ours)."""
+UTILITY_FLOOR = 0.4
+"""Overlap of neighbours below which a trained encoder is taken to have lost too much (ours).
+
+Training moves neighbours that matter little: half of them stayed on a BYOL encoder whose accuracy it raised
+by a point. A stricter floor gives the backdoored suspect back."""
+PRUNING_FLOOR = 0.8
+"""The same where the method removes channels until the floor is met, and so spends all that it allows."""
 _CONSTANT = 1e-5  # spread of features relative to their length
 
 

@@ -17,7 +17,7 @@ from encoderguard.losses import cosine_distance
 from encoderguard.methods import Defense, History, Purified
 from encoderguard.pruning import hidden_units
 from encoderguard.registry import register
-from encoderguard.repair import UTILITY_FLOOR, Repair, begin
+from encoderguard.repair import PRUNING_FLOOR, Repair, begin
 from encoderguard.run import Run
 from encoderguard.training import Batch, Plan, train
 
@@ -142,7 +142,7 @@ class ANP(Defense):
     """Distance of two thresholds that are tried, from 0 on."""
     most: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """The largest threshold that is tried."""
-    utility_floor: Annotated[float, Field(ge=0, le=1)] = UTILITY_FLOOR
+    utility_floor: Annotated[float, Field(ge=0, le=1)] = PRUNING_FLOOR
     """The largest threshold with at least this utility counts."""
 
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
