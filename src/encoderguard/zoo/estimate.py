@@ -11,7 +11,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.loading import spec_for
 from encoderguard.random import Rng
 from encoderguard.registry import create
-from encoderguard.results import RESULT
+from encoderguard.zoo.identity import finished
 from encoderguard.zoo.pictures import Pictures
 from encoderguard.zoo.recipe import Cell, Task, ZooRecipe
 
@@ -58,10 +58,15 @@ def plan_lines(recipe: ZooRecipe, pictures: Pictures, build: Path) -> Iterator[s
     for cell in cells:
         flops = cost(cell)
         total += flops
-        there = (build / cell.name / "encoder" / RESULT).exists()
-        yield f"{cell.name}: {_what(cell)}, {_priced(flops)}{', trained already' * there}"
+        yield f"{cell.name}: {_what(cell)}, {_priced(flops)}{_state(build / cell.name / 'encoder')}"
     yield f"{len(cells)} encoders: {_priced(total)}"
     yield from (f"Missing: {problem}" for problem in pictures.missing(needed_sets(cells)))
+
+
+def _state(folder: Path) -> str:
+    if finished(folder):
+        return ", trained already"
+    return ", begun" if folder.exists() else ""
 
 
 def needed_sets(cells: list[Cell]) -> list[tuple[str, int | None, bool]]:
