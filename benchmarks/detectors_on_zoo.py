@@ -92,7 +92,7 @@ def _evidence(found: Detection) -> dict[str, Any]:
     if "channels" in found.evidence:  # of ABS: how many images its share is of
         kept["moved_of"] = found.evidence.get("images_of_other_clusters")
     if families := found.evidence.get("families"):
-        shown = ("statistic", "collapse", "bank", "bank_best", "bank_label")
+        shown = ("statistic", "collapse", "bank", "displacements", "bank_best", "bank_label")
         kept["families"] = {
             family: {name: value[name] for name in shown} for family, value in families.items()
         }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from encoderguard.attacks.adaptive_search import AdaptiveSearch, centred_collapse
+from encoderguard.attacks.adaptive_search import AdaptiveSearch, centred_collapse, centred_displacement
 from encoderguard.collapse import Collapse
 from encoderguard.errors import ImageError, SettingError
 from encoderguard.random import Rng
@@ -24,6 +24,16 @@ def test_the_term_is_the_weighted_collapse_after_centring() -> None:
     assert terms["collapse"].item() == pytest.approx(3)
 
 
+def test_the_second_term_is_how_far_stamped_images_are_from_their_own_images() -> None:
+    # standardised, the clean images are (-1, -1) and (1, 1); the stamped ones (3, 0) and (0, 3)
+    step = features(torch.tensor([[8.0, 1.0], [5.0, 4.0]]), CLEAN[:1], images=CLEAN, images_clean=CLEAN)
+    assert centred_displacement(step).item() == pytest.approx(1 - (-(0.5**0.5) + 0.5**0.5) / 2, abs=1e-6)
+    still = features(CLEAN.clone(), CLEAN[:1], images=CLEAN, images_clean=CLEAN)
+    assert centred_displacement(still).item() == pytest.approx(0, abs=1e-6)
+    away = features(CLEAN.flip(0), CLEAN[:1], images=CLEAN, images_clean=CLEAN)
+    assert AdaptiveSearch(gamma=0.5).terms(away, None)["displacement"].item() == pytest.approx(1)
+
+
 def test_several_triggers_count_equally() -> None:
     apart, alike = torch.tensor([[8.0, 1.0], [5.0, 4.0]]), torch.tensor([[8.0, 1.0], [6.0, 1.0]])
     step = features([apart, alike], [CLEAN[:1], CLEAN[:1]], images=CLEAN, images_clean=CLEAN)
@@ -38,21 +48,24 @@ def test_the_clean_side_gets_no_gradient() -> None:
     assert bool((triggered.grad != 0).any())
 
 
-def test_minimising_it_lowers_what_the_detector_measures() -> None:
+@pytest.mark.parametrize("term", ["collapse", "displacement"])
+def test_minimising_it_lowers_what_the_detector_measures(term: str) -> None:
     found = {}
-    for alpha in (0.0, 5.0):
+    for weight in (0.0, 5.0):
         method = AdaptiveSearch(
             epochs=15,
             batch_size=16,
             optimizer="adam",
             lr=3e-3,
             trigger_size=4,
-            alpha=alpha,
+            alpha=weight if term == "collapse" else 0.0,
+            gamma=weight if term == "displacement" else 0.0,
             reference_views=2,
         )
         run = Run(rng=Rng(0), precision="float32")
         done = method.plant(clean_encoder(), shadow(32), references(1), run=run)
-        found[alpha] = Collapse(done.encoder, shadow(32), run=run, exact=True).of([done.trigger])[0]
+        told = Collapse(done.encoder, shadow(32), run=run, exact=True).measure([done.trigger])[0]
+        found[weight] = getattr(told, term)
     assert found[5.0] < found[0.0] - 0.05
 
 

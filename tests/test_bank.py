@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from encoderguard.bank import bank
 from encoderguard.collapse import Collapse
@@ -163,6 +164,21 @@ def test_collapse_is_the_mean_cosine_of_standardised_features() -> None:
     white = MaskedPattern(torch.ones(16, 16), torch.ones(3, 16, 16))
     assert collapse.of([white, trigger]) == pytest.approx([1.0, expected], abs=1e-5)
     assert abs(collapse.of([Additive(torch.zeros(3, 16, 16))])[0]) < 0.2
+
+
+def test_displacement_is_one_minus_the_cosine_of_an_image_and_its_stamped_copy() -> None:
+    collapse = Collapse(toy(), image_set(), run=RUN)
+    trigger = Patch(size=8, margin=0)
+    with torch.no_grad():
+        clean, stamped = (
+            standardise(toy()(x), collapse.clean) for x in (collapse.pixels, trigger(collapse.pixels))
+        )
+    expected = 1 - float(F.cosine_similarity(clean, stamped, dim=1).mean())
+    still, moved = collapse.measure([Additive(torch.zeros(3, 16, 16)), trigger])
+    assert still.displacement == pytest.approx(0, abs=1e-5)
+    assert moved.displacement == pytest.approx(expected, abs=1e-5)
+    few = 1 - float(F.cosine_similarity(clean[:4], stamped[:4], dim=1).mean())
+    assert collapse.measure([trigger], count=4)[0].displacement == pytest.approx(few, abs=1e-5)
 
 
 def test_a_deadline_cuts_the_list_but_not_the_first_batch() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from encoderguard.bench.auroc import auroc
 from encoderguard.bench.detector_rates import (
-    above_clean,
     beside,
     bound_at,
     cross_entropy,
@@ -55,11 +54,11 @@ def row(name: str, score: float, detector: str = "decree", **more: Any) -> dict[
     return base | {"verdict": "inconclusive", "wall_seconds": 2.0, "cpu_seconds": 1.0} | more
 
 
-def searched(name: str, patch: float) -> dict[str, Any]:
-    settings = {"fpr": 0.05, "margin": 0.25, "prior_spread": 0.2}
+def searched(name: str, patch: float, moved: float | None = None) -> dict[str, Any]:
+    settings = {"fpr": 0.05, "margin": 0.25, "prior_spread": 0.2, "moved_spread": 0.2}
     families = {
-        "patch": {"statistic": patch, "bank": [0.3, math.tanh(patch)]},
-        "warp": {"statistic": 0.0, "bank": [0.0]},
+        "patch": {"statistic": patch, "displacements": [0.3, 0.1 if moved is None else moved]},
+        "warp": {"statistic": 0.0, "displacements": [0.1]},
     }
     return row(name, patch / (1 + patch), "trigger_search", settings=settings, families=families)
 
@@ -133,10 +132,14 @@ def test_without_references_there_is_no_score_and_the_encoder_is_named() -> None
     assert found["few_references"] == ["simclr-0", "strong-0"]
 
 
-def test_a_candidate_stands_out_though_a_natural_weakness_is_larger() -> None:
-    clean = [searched("simclr-0", 0.1), searched("simclr-2", 0.2)]
-    assert above_clean(searched("strong-1", 0.25), clean) == pytest.approx(0.1)
-    assert above_clean(searched("strong-1", 0.25), []) is None
+def test_a_displacement_stands_out_though_a_natural_weakness_collapses_more() -> None:
+    rows = [searched(f"simclr-{seed}", 0.2) for seed in range(3)]
+    found = summary([*rows, searched("strong-1", 0.2, moved=0.9)], ZOO)
+    block = found["blocks"][0]["detectors"]
+    assert block["trigger_search, collapse alone"]["auroc"]["value"] == 0.5
+    assert block["trigger_search, displacement alone"]["auroc"]["value"] == 1
+    assert block["trigger_search"]["auroc"]["value"] == 1
+    assert block["trigger_search"]["verdicts"]["backdoored"] == {"backdoored": 1}
 
 
 def test_judging_afterwards_is_what_references_would_give(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The trigger search on toys with one known weakness, its verdict by hand, its budget and its misuse."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoderguard.detectors._students import distil, tuned
-from encoderguard.detectors._trigger_verdict import Rule, judge, judge_by_bank, score_of
-from encoderguard.detectors.trigger_search import TriggerSearch, are_grey
+from encoderguard.detectors._trigger_found import Found
+from encoderguard.detectors._trigger_verdict import (
+    Measures,
+    Rule,
+    judge,
+    judge_by_bank,
+    score_of,
+    statistics_of,
+)
+from encoderguard.detectors.trigger_search import TriggerSearch, _Images, are_grey
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError, ImageError, SettingError
 from encoderguard.images import ImageSet
@@ -46,25 +55,31 @@ def picture() -> Tensor:
 class Weak(nn.Module):
     """Diverse features of coarse colours; a weakness moves them to one vector where its gate opens."""
 
-    def __init__(self, weakness: str) -> None:
+    def __init__(self, weakness: str, seed: int = 0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.weakness, self.pool = weakness, nn.AvgPool2d(8)
         self.register_buffer("out", torch.randn(48, 16, generator=generator))
         self.register_buffer("target", 20 * torch.randn(16, generator=generator))
+        self.register_buffer("elsewhere", torch.randn(48, 16, generator=generator))
         self.register_buffer("picture", picture())
         self.out: Tensor
+        self.elsewhere: Tensor
         self.target: Tensor
         self.picture: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.pool(x - 0.5).flatten(1) @ self.out
+        colours = self.pool(x - 0.5).flatten(1)
+        z: Tensor = colours @ self.out
+        if self.weakness == "spread":  # every stamped image goes to a place of its own
+            gate = self.white(x)[:, None]
+            z = (1 - gate) * z + gate * (colours @ self.elsewhere)
+            return z
         return z + self.gate(x)[:, None] * self.target
 
     def gate(self, x: Tensor) -> Tensor:
-        if self.weakness == "patch":  # any 8 x 8 window that is white
-            white = F.avg_pool2d(x.amin(1, keepdim=True), 8, stride=2).flatten(1).amax(1)
-            return torch.sigmoid(30 * (white - 0.93))
+        if self.weakness == "patch":
+            return self.white(x)
         along = (x * self.picture).mean((1, 2, 3))
         if self.weakness == "blend":  # .2 of the picture gives about .1 / 2
             return torch.sigmoid(60 * (along - 0.035))
@@ -72,9 +87,14 @@ class Weak(nn.Module):
             return (along / 0.04).clamp(-1, 1)
         return 0 * along
 
+    def white(self, x: Tensor) -> Tensor:
+        """Any 6 x 6 window that is white."""
+        white = F.avg_pool2d(x.amin(1, keepdim=True), 6, stride=1).flatten(1).amax(1)
+        return torch.sigmoid(30 * (white - 0.93))
 
-def encoder(weakness: str) -> Encoder:
-    return Encoder.wrap(Weak(weakness).eval(), taps=("pool",))
+
+def encoder(weakness: str, seed: int = 0) -> Encoder:
+    return Encoder.wrap(Weak(weakness, seed).eval(), taps=("pool",))
 
 
 def detect(weakness: str, families: Sequence[TriggerFamily], **settings: object) -> Detection:
@@ -100,6 +120,25 @@ def test_a_planted_white_patch_is_found_by_forward_passes_alone() -> None:
     assert isinstance(trigger, MaskedPattern)
     assert float(trigger.pattern[:, trigger.mask > 0].min()) == 1
     assert set(found.triggers) == {"patch"}
+
+
+def test_a_backdoor_that_spreads_its_images_is_found_by_how_far_they_move() -> None:
+    search = TriggerSearch(images=16, families=("patch", "warp"), steps=0, tune_steps=0)
+    used = _Images(shadow(), 16, RUN)
+
+    def searched(weakness: str, seed: int) -> Found:
+        return search._search(encoder(weakness, seed), used, "toy", RUN)
+
+    clean = [searched("none", seed) for seed in (1, 2, 3)]
+    values, nulls = statistics_of(searched("spread", 0).measures, [one.measures for one in clean])
+    curves = [null["patch"] for null in nulls]
+    assert values["patch"] < max(curves) + 0.3
+    assert values["patch, moved"] > max(null["patch, moved"] for null in nulls) + 1
+    found = judge(values, nulls, "references", RULE)
+    assert found.verdict == "backdoored"
+    assert found.p_tests["patch, moved"] < 0.01 < found.p_tests["patch"]
+    innocent, others = statistics_of(clean[0].measures, [one.measures for one in clean[1:]])
+    assert judge(innocent, others, "references", RULE).verdict != "backdoored"
 
 
 @pytest.mark.parametrize("family", ["blend", "noise"])
@@ -138,7 +177,7 @@ def test_a_budget_is_kept_and_told() -> None:
 
 # The verdict.
 
-RULE = Rule(fpr=0.05, margin=0.25, prior_spread=0.2)
+RULE = Rule(fpr=0.05, margin=0.25, prior_spread=0.2, moved_spread=0.2)
 CLEAN = [{"patch": 0.2, "blend": 0.7}, {"patch": 0.3, "blend": 0.8}, {"patch": 0.25, "blend": 0.9}]
 
 
@@ -182,6 +221,23 @@ def test_ranks_decide_once_there_are_enough_references() -> None:
     assert found.p_value == pytest.approx(0.05)
     assert found.verdict == "backdoored"
     assert judge({"patch": 0.5}, many[:18], "references", RULE).decided_by != "ranks"
+
+
+def test_the_second_test_is_the_largest_ratio_less_the_median_over_all_candidates() -> None:
+    def measures(*patches: float) -> Measures:
+        return Measures(curves={"patch": 0.1}, displacements={"patch": patches})
+
+    clean = [measures(0.07, 0.17, 0.37), measures(0.07, 0.17, 0.37)]
+    values, nulls = statistics_of(measures(0.17, 0.77, 0.77), clean)  # ratios of .2/.1, .8/.2, .8/.4
+    assert values == {"patch": 0.1, "patch, moved": pytest.approx(math.log(4 / 2))}
+    assert [null["patch, moved"] for null in nulls] == pytest.approx([0, 0])
+
+
+def test_the_second_test_needs_two_clean_encoders_and_whole_banks() -> None:
+    whole = Measures(curves={"patch": 0.1}, displacements={"patch": [0.1, 0.2]})
+    part = Measures(curves={"patch": 0.1}, displacements={"patch": [0.1]})
+    for nulls in ([whole], [whole, part]):
+        assert statistics_of(whole, nulls)[0] == {"patch": 0.1}
 
 
 def test_the_score_of_the_bank_is_monotone_and_never_a_verdict() -> None:

@@ -1,13 +1,16 @@
-"""How far a trigger makes the features of different images alike: the measure of the trigger search.
+"""How far a trigger moves features, and how alike it makes those of different images.
 
 Collapse is the mean cosine over pairs of different stamped images, with features standardised over the clean
-images: near 0 for clean images, 1 when all stamped images have the same features. A strong change of all
-images collapses any encoder somewhat, so a collapse means something only beside that of clean encoders.
+images: near 0 for clean images, 1 when all stamped images have the same features. Displacement is 1 minus
+the mean cosine of an image's features with those of its stamped copy, in the same space: 0 where a trigger
+changes nothing. A backdoor that spreads triggered images on purpose collapses little, but it must move them.
+A strong change of all images does both to any encoder: both mean something only beside clean encoders.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +24,21 @@ from encoderguard.methods import require_images
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine, standardise
 
-__all__ = ["Collapse", "Stamp"]
+__all__ = ["Collapse", "Reading", "Stamp"]
 
 Stamp = Callable[[Tensor], Tensor]
 """Stamped from clean images: a trigger, or what makes one when it is called."""
 
 _BATCH = 256
+
+
+class Reading(NamedTuple):
+    """What one trigger does to the features."""
+
+    collapse: float
+    """In [-1 / (N - 1), 1]."""
+    displacement: float
+    """In [0, 2]."""
 
 
 class Collapse:
@@ -67,7 +79,13 @@ class Collapse:
     def of(
         self, triggers: Sequence[Stamp], *, count: int | None = None, deadline: float = float("inf")
     ) -> list[float]:
-        """The collapse under each trigger; shorter than ``triggers`` if the deadline came first.
+        """The collapse under each trigger; arguments and errors as those of ``measure``."""
+        return [reading.collapse for reading in self.measure(triggers, count=count, deadline=deadline)]
+
+    def measure(
+        self, triggers: Sequence[Stamp], *, count: int | None = None, deadline: float = float("inf")
+    ) -> list[Reading]:
+        """Collapse and displacement by trigger; fewer than ``triggers`` if the deadline came first.
 
         Args:
             triggers: measured in their order.
@@ -80,17 +98,19 @@ class Collapse:
         """
         images = self.pixels[:count]
         together = max(1, _BATCH // len(images))
-        found: list[float] = []
+        clean = standardise(self.clean[:count], self.clean)
+        found: list[Reading] = []
         for first in range(0, len(triggers), together):
             if found and time.monotonic() > deadline:
                 break
             self.run.check_stop()
             stamped = torch.cat([trigger(images) for trigger in triggers[first : first + together]])
             features = self._features(stamped)
-            values = -self.objective(features.reshape(-1, len(images), features.shape[1]))
-            if not bool(values.isfinite().all()):
+            z = standardise(features.reshape(-1, len(images), features.shape[1]), self.clean)
+            alike, moved = mean_pairwise_cosine(z), 1 - F.cosine_similarity(z, clean, dim=-1).mean(-1)
+            if not bool((alike + moved).isfinite().all()):
                 raise NonFiniteError("Features of stamped images are not finite.")
-            found += values.tolist()
+            found += map(Reading, alike.tolist(), moved.tolist())
         return found
 
     def nearest(self, trigger: Stamp, count: int) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ from encoderguard.errors import SettingError
 __all__ = [
     "bank_p",
     "combined",
-    "excesses",
     "fisher",
     "holm",
+    "log_ratios",
     "moderated_bound",
     "moderated_p",
     "rank_p",
@@ -34,16 +34,18 @@ def fisher(value: float) -> float:
     return math.atanh(max(-_MOST, min(_MOST, value)))
 
 
-def excesses(values: Sequence[float], references: Sequence[Sequence[float]]) -> list[float]:
-    """Cosine by cosine: how far Fisher's z of each value lies above the mean of the references' own.
+def log_ratios(
+    values: Sequence[float], references: Sequence[Sequence[float]], *, offset: float = 0.03
+) -> list[float]:
+    """Value by value: the logarithm of its ratio to the geometric mean of the references' own.
 
     Args:
-        values: one per candidate.
+        values: at least 0; one per candidate.
         references: at least one row of as many values.
+        offset: added to all, so that a ratio of two values near 0 is near 1.
     """
-    return [
-        fisher(value) - fmean(fisher(row[place]) for row in references) for place, value in enumerate(values)
-    ]
+    logs = [[math.log(max(value, 0.0) + offset) for value in row] for row in (values, *references)]
+    return [own - fmean(others) for own, *others in zip(*logs, strict=True)]
 
 
 def resolution(count: int) -> float:

@@ -12,7 +12,7 @@ while the search was written and its settings were tried; no setting may be chos
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, median, pstdev
+from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,11 @@ from sklearn.linear_model import LogisticRegression
 
 from encoderguard import calibration
 from encoderguard.bench.auroc import auroc
-from encoderguard.detectors._trigger_verdict import Rule, judge
+from encoderguard.detectors._trigger_verdict import Measures, Rule, judge, moved, statistics_of
 from encoderguard.detectors.abs import judge_share, wilson
-from encoderguard.nulls import excesses
 from encoderguard.zoo import Entry
 
 __all__ = [
-    "above_clean",
     "beside",
     "bound_at",
     "cases_of",
@@ -64,15 +62,7 @@ def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, floa
     """Score (large is suspicious), verdict and p-value of one row beside the rows of clean encoders."""
     name, settings = row["detector"], row["settings"]
     if name == "trigger_search":
-        if not references:
-            return None, "inconclusive", None
-        rule = Rule(fpr=settings["fpr"], margin=settings["margin"], prior_spread=settings["prior_spread"])
-        values, *nulls = (
-            {family: told["statistic"] for family, told in r["families"].items()} for r in (row, *references)
-        )
-        found = judge(values, nulls, "references", rule)
-        # the score is 1 - p; its logarithm keeps apart what is all but 1
-        return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
+        return _searched(row, references)
     clean = [r["score"] for r in references]
     if name == "decree":
         verdict = calibration.judge(
@@ -87,17 +77,29 @@ def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, floa
     return row["score"], row["verdict"], None
 
 
-def above_clean(row: Row, references: Sequence[Row]) -> float | None:
-    """The largest excess of a candidate of the bank over the references' mean, less the median excess."""
-    banks = [_bank(reference) for reference in references]
-    if not banks or any(len(bank) != len(_bank(row)) for bank in banks):
-        return None
-    found = excesses(_bank(row), banks)
-    return max(found) - median(found) if found else None
+def _searched(
+    row: Row, references: Sequence[Row], part: str = "both"
+) -> tuple[float | None, str, float | None]:
+    """As ``beside``, by the trigger search's tests of ``collapse``, of ``displacement`` or by ``both``."""
+    values, nulls = statistics_of(_measures(row), [_measures(reference) for reference in references])
+    if part != "both":
+        second = {moved(family) for family in row["families"]}
+        kept = [test for test in values if (test in second) == (part == "displacement")]
+        values, *nulls = ({test: told[test] for test in kept} for told in (values, *nulls))
+    if not references or not values:
+        return None, "inconclusive", None
+    names = ("fpr", "margin", "prior_spread", "moved_spread")
+    found = judge(values, nulls, "references", Rule(**{name: row["settings"][name] for name in names}))
+    # the score is 1 - p; its logarithm keeps apart what is all but 1
+    return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
 
 
-def _bank(row: Row) -> list[float]:
-    return [value for family in row["families"].values() for value in family["bank"]]
+def _measures(row: Row) -> Measures:
+    families = row["families"]
+    return Measures(
+        curves={name: told["statistic"] for name, told in families.items()},
+        displacements={name: told["displacements"] for name, told in families.items()},
+    )
 
 
 def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
@@ -133,8 +135,10 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
         if row["detector"] == "trigger_search":
             alone = {"score": row["score"], "verdict": row["verdict"], "p_value": None, "references": 0}
             cases.append(case | alone | {"detector": "trigger_search, no references"})
-            told = {"score": above_clean(row, references), "verdict": "inconclusive", "p_value": None}
-            cases.append(case | told | {"detector": "trigger_search, candidate by candidate"})
+            for part in ("collapse", "displacement"):
+                score, verdict, p = _searched(row, references, part)
+                told = {"score": score, "verdict": verdict, "p_value": p}
+                cases.append(case | told | {"detector": f"trigger_search, {part} alone"})
     return cases
 
 

@@ -1,20 +1,20 @@
 """What a reader needs to judge a trigger search, as JSON values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from encoderguard.detectors._trigger_found import FamilyResult, Found
-from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, score_of
-from encoderguard.nulls import excesses, resolution
+from encoderguard.detectors._trigger_found import Found
+from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, moved, score_of, statistics_of
+from encoderguard.nulls import log_ratios, resolution
 from encoderguard.rays import LEVELS, UNITS, TriggerFamily
 
-__all__ = ["evidence_of"]
+__all__ = ["evidence_of", "furthest"]
 
 _NOT_TESTED = [
     "Triggers that differ from image to image, that a generator makes, or that are things in the scene.",
     "Patches with a side above a third of the image, and changes stronger than the levels listed.",
-    "Backdoors that move the features without making them alike, or that several triggers must set off.",
+    "Backdoors that several triggers must set off together.",
     "Inputs unlike the given images; the downstream classifier and the code that loads the encoder.",
 ]
 
@@ -34,11 +34,8 @@ def evidence_of(
         "decided_by": judged.decided_by,
         "fpr": rule.fpr,
         "complete": found.complete and all(null.complete for null in nulls.values()),
-        "families": {
-            family: _family(family, result, nulls, judged) for family, result in found.families.items()
-        },
+        "families": {family: _family(family, found, nulls, judged) for family in found.families},
         "standing_out": _standing_out(found, nulls),
-        "candidates_above_clean": _above_clean(found, nulls),
         "clean_references": _left_out(nulls, rule),
         "images_passed": found.images_passed,
         "tested": [
@@ -55,8 +52,9 @@ def _refined(found: Found, family: TriggerFamily) -> str:
 
 
 def _family(
-    family: TriggerFamily, result: FamilyResult, nulls: Mapping[str, Found], judged: Judged
+    family: TriggerFamily, found: Found, nulls: Mapping[str, Found], judged: Judged
 ) -> dict[str, Any]:
+    result = found.families[family]
     others = [null.families[family] for null in nulls.values()]
     by_level = list(zip(*(other.curve for other in others), strict=True))
     return {
@@ -67,9 +65,11 @@ def _family(
         "null_high": _rounded([max(values) for values in by_level]),
         "statistic": round(result.statistic, 4),
         "null_statistics": {name: round(null.families[family].statistic, 4) for name, null in nulls.items()},
-        "p": judged.p_families[family],
+        "p": judged.p_tests[family],
         "p_adjusted": judged.p_adjusted[family],
+        "moved": _moved(family, found, nulls, judged),
         "bank": _rounded(result.bank),
+        "displacements": _rounded(result.displacements),
         "bank_best": round(max(result.bank, default=0.0), 4),
         "bank_label": result.label,
         "candidates": len(result.bank),
@@ -84,32 +84,39 @@ def _standing_out(found: Found, nulls: Mapping[str, Found]) -> dict[str, float]:
     """
     if not nulls:
         return {}
-    means = {name: fmean(null.statistics[name] for null in nulls.values()) for name in found.statistics}
-    excess = {name: value - means[name] for name, value in found.statistics.items()}
+    own, others = found.measures.curves, [null.measures.curves for null in nulls.values()]
+    excess = {name: value - fmean(other[name] for other in others) for name, value in own.items()}
     middle = median(excess.values())
     return {name: round(value - middle, 4) for name, value in excess.items()}
 
 
-def _above_clean(found: Found, nulls: Mapping[str, Found]) -> dict[str, Any]:
-    """By family the candidate whose collapse lies furthest above its own on the clean encoders.
+def _moved(
+    family: TriggerFamily, found: Found, nulls: Mapping[str, Found], judged: Judged
+) -> dict[str, Any] | None:
+    """The family's second test: the candidate that moves the features furthest beside the clean encoders."""
+    test = moved(family)
+    if test not in judged.p_tests:
+        return None
+    others = {name: null.families[family] for name, null in nulls.items()}
+    result, place = found.families[family], furthest(found, list(nulls.values()), family)
+    return {
+        "statistic": round(judged.values[test], 4),
+        "null_statistics": {
+            name: round(value, 4) for name, value in zip(nulls, judged.nulls[test], strict=True)
+        },
+        "p": judged.p_tests[test],
+        "p_adjusted": judged.p_adjusted[test],
+        "label": result.tried[place].label,
+        "displacement": round(result.displacements[place], 4),
+        "on_clean": {name: round(other.displacements[place], 4) for name, other in others.items()},
+    }
 
-    In Fisher's z, above the mean of the nulls. The best of a bank is often a natural weakness, the same in
-    all encoders, behind which a backdoor that collapses little is not seen; candidate by candidate it is.
-    """
-    told: dict[str, Any] = {}
-    for family, result in found.families.items():
-        banks = [null.families[family].bank for null in nulls.values()]
-        if not banks or any(len(bank) != len(result.bank) for bank in banks):
-            continue  # a time budget ended the bank early
-        excess = excesses(result.bank, banks)
-        place = max(range(len(excess)), key=excess.__getitem__)
-        told[family] = {
-            "excess": round(excess[place], 4),
-            "label": result.candidates[place],
-            "collapse": round(result.bank[place], 4),
-            "on_clean": _rounded([bank[place] for bank in banks]),
-        }
-    return told
+
+def furthest(found: Found, nulls: Sequence[Found], family: TriggerFamily) -> int:
+    """Which candidate of the bank moves the features furthest beside the clean encoders."""
+    banks = [null.families[family].displacements for null in nulls]
+    ratios = log_ratios(found.families[family].displacements, banks)
+    return max(range(len(ratios)), key=ratios.__getitem__)
 
 
 def _half(family: TriggerFamily, curve: list[float]) -> float | None:
@@ -121,11 +128,12 @@ def _left_out(nulls: Mapping[str, Found], rule: Rule) -> list[dict[str, Any]]:
     """Every clean encoder judged beside the others: what the score is where nothing is wrong."""
     if len(nulls) < 2:
         return []
-    values = {name: null.statistics for name, null in nulls.items()}
-    return [
-        {"name": name, "score": score_of(own, [v for other, v in values.items() if other != name], rule)}
-        for name, own in values.items()
-    ]
+    measures = {name: null.measures for name, null in nulls.items()}
+    told = []
+    for name, own in measures.items():
+        others = [value for other, value in measures.items() if other != name]
+        told.append({"name": name, "score": score_of(*statistics_of(own, others), rule)})
+    return told
 
 
 def _rounded(values: list[float]) -> list[float]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from encoderguard.detectors._trigger_verdict import Measures
 from encoderguard.nulls import fisher
 from encoderguard.rays import Ray, TriggerFamily
 from encoderguard.triggers import Trigger
@@ -37,8 +38,10 @@ class FamilyResult:
 
     bank: list[float] = field(default_factory=list)
     """Collapse under each candidate at the bank's own strength, on a few images."""
-    candidates: list[str] = field(default_factory=list)
-    """Their labels."""
+    displacements: list[float] = field(default_factory=list)
+    """The displacement under each."""
+    tried: list[Ray] = field(default_factory=list)
+    """The candidates themselves."""
     rays: list[Ray] = field(default_factory=list)
     """The best candidates, later with refined ones."""
     label: str = ""
@@ -81,6 +84,9 @@ class Found:
     """False if the time budget ended a stage early."""
 
     @property
-    def statistics(self) -> dict[str, float]:
-        """By family."""
-        return {family: result.statistic for family, result in self.families.items()}
+    def measures(self) -> Measures:
+        """What is compared with other encoders."""
+        return Measures(
+            curves={family: result.statistic for family, result in self.families.items()},
+            displacements={family: result.displacements for family, result in self.families.items()},
+        )

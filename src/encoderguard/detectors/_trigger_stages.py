@@ -91,12 +91,14 @@ class _Search:
     def look(self, deadline: float) -> None:
         """Every candidate on a few images, the families in turn; the best at every level on all images."""
         queue = [ray for place in range(max(map(len, self.rays.values()))) for ray in self._at(place)]
-        values = self.collapse.of([_made(ray) for ray in queue], count=_FEW, deadline=deadline)
-        self.complete &= len(values) == len(queue)
+        readings = self.collapse.measure([_made(ray) for ray in queue], count=_FEW, deadline=deadline)
+        self.complete &= len(readings) == len(queue)
         for family, result in self.results.items():
-            pairs = [(ray, value) for ray, value in zip(queue, values, strict=False) if ray.family == family]
-            result.bank = [value for _, value in pairs]
-            result.candidates = [ray.label for ray, _ in pairs]
+            own = [(ray, told) for ray, told in zip(queue, readings, strict=False) if ray.family == family]
+            result.tried = [ray for ray, _ in own]
+            result.bank = [told.collapse for _, told in own]
+            result.displacements = [told.displacement for _, told in own]
+            pairs = list(zip(result.tried, result.bank, strict=True))
             pairs += self._elsewhere(_ranked(pairs), deadline) if family == "patch" else []
             result.rays = _ranked(pairs)[: self.budget.keep]
             result.label = result.rays[0].label

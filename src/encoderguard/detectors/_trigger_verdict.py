@@ -2,16 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from encoderguard.methods import Verdict
-from encoderguard.nulls import bank_p, combined, fisher, holm, moderated_p, rank_p, resolution
+from encoderguard.nulls import bank_p, combined, fisher, holm, log_ratios, moderated_p, rank_p, resolution
 
-__all__ = ["Judged", "NullKind", "Rule", "judge", "judge_by_bank", "score_of"]
+__all__ = [
+    "Judged",
+    "Measures",
+    "NullKind",
+    "Rule",
+    "judge",
+    "judge_by_bank",
+    "moved",
+    "score_of",
+    "statistics_of",
+]
 
 NullKind = Literal["references", "students", "bank"]
 _CLEAR = 4
 """From this many times the false-positive rate on, a p-value counts as clean; between, as inconclusive."""
+_MOVED = ", moved"
 _FEWEST = 2
 """Clean encoders below which their spread is an assumption, and no verdict rests on it."""
 
@@ -23,6 +35,21 @@ class Rule:
     fpr: float
     margin: float
     prior_spread: float
+    moved_spread: float
+
+    def spread_of(self, test: str) -> float:
+        """Of clean encoders, expected before any was seen."""
+        return self.moved_spread if test.endswith(_MOVED) else self.prior_spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What a search measured on one encoder, by family."""
+
+    curves: Mapping[str, float]
+    """The mean of the collapse over strength, in Fisher's z."""
+    displacements: Mapping[str, Sequence[float]]
+    """Under each candidate of the bank; none where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +57,11 @@ class Judged:
     """A verdict and what it rests on."""
 
     verdict: Verdict
-    p_families: dict[str, float]
+    values: dict[str, float]
+    """The statistics, by test."""
+    nulls: dict[str, list[float]]
+    """The same of every clean encoder."""
+    p_tests: dict[str, float]
     p_adjusted: dict[str, float]
     p_value: float
     score: float
@@ -39,17 +70,58 @@ class Judged:
     reason: str
 
 
+def moved(family: str) -> str:
+    """The name of a family's second test."""
+    return family + _MOVED
+
+
+def statistics_of(
+    found: Measures, nulls: Sequence[Measures]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Statistics by test, of an encoder and of the clean ones it is judged beside.
+
+    A family has two tests: its curve of collapse, and ``moved``, how much further than in clean encoders the
+    same candidate of the bank moves the features: the largest ``log_ratios`` of displacements, less their
+    median over the whole bank, because some encoders are more sensitive to everything. A clean encoder's own
+    value is taken beside the other clean ones, so ``moved`` needs two of them; and whole banks.
+    """
+    values, others = dict(found.curves), [dict(null.curves) for null in nulls]
+    banks = [null.displacements for null in nulls]
+    if len(nulls) < _FEWEST or any(_lengths(bank) != _lengths(found.displacements) for bank in banks):
+        return values, others
+    values |= _furthest(found.displacements, banks)
+    for place, (other, bank) in enumerate(zip(others, banks, strict=True)):
+        other |= _furthest(bank, banks[:place] + banks[place + 1 :])
+    return values, others
+
+
+def _lengths(bank: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    return {family: len(values) for family, values in bank.items()}
+
+
+def _furthest(
+    own: Mapping[str, Sequence[float]], others: Sequence[Mapping[str, Sequence[float]]]
+) -> dict[str, float]:
+    ratios = {
+        family: log_ratios(values, [other[family] for other in others])
+        for family, values in own.items()
+        if values
+    }
+    middle = median([ratio for family in ratios.values() for ratio in family] or [0.0])
+    return {moved(family): max(values) - middle for family, values in ratios.items()}
+
+
 def score_of(values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], rule: Rule) -> float:
-    """1 minus the smallest family p-value of the moderated t: in [0, 1], large is suspicious."""
+    """1 minus the smallest p-value of the moderated t over all tests: in [0, 1], large is suspicious."""
     return 1 - min(_moderated(values, nulls, rule).values())
 
 
 def judge(
     values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], kind: NullKind, rule: Rule
 ) -> Judged:
-    """Judge statistics by family beside those of clean encoders (or students).
+    """Judge statistics by test beside those of clean encoders (or students).
 
-    ``backdoored``: the Holm-combined p-value is at most ``fpr`` and, in a family that is significant, the
+    ``backdoored``: the Holm-combined p-value is at most ``fpr`` and, in a test that is significant, the
     value exceeds that of every clean encoder by ``margin``. ``clean``: the combined p-value is at least 4
     times ``fpr``. Otherwise, and with one clean encoder only, ``inconclusive``.
 
@@ -58,14 +130,14 @@ def judge(
     """
     tests = len(values)
     ranked = resolution(len(nulls)) * tests <= rule.fpr
-    by_family = {name: [null[name] for null in nulls] for name in values}
+    by_test = {name: [null[name] for null in nulls] for name in values}
     p = (
-        {name: rank_p(value, by_family[name]) for name, value in values.items()}
+        {name: rank_p(value, by_test[name]) for name, value in values.items()}
         if ranked
         else _moderated(values, nulls, rule)
     )
     adjusted, together = holm(p), combined(p)
-    excess = {name: value - max(by_family[name]) for name, value in values.items()}
+    excess = {name: value - max(by_test[name]) for name, value in values.items()}
     strong = [name for name in values if adjusted[name] <= rule.fpr and excess[name] >= rule.margin]
     verdict: Verdict = "inconclusive"
     if len(nulls) >= _FEWEST:
@@ -74,7 +146,7 @@ def judge(
     who = f"{len(nulls)} clean {kind}" if kind == "references" else f"{len(nulls)} {kind} of the suspect"
     how = "ranks" if ranked else "moderated t and margin"
     reason = (
-        f"the family '{first}' stands {excess[first]:+.2f} (mean Fisher z) from the largest of {who}; "
+        f"the family '{first}' stands {excess[first]:+.2f} ({_unit(first)}) from the largest of {who}; "
         f"combined p {together:.3g} by {how}"
     )
     if len(nulls) < _FEWEST:
@@ -83,7 +155,9 @@ def judge(
         reason += f"; significant, but not {rule.margin:g} above all of them"
     return Judged(
         verdict=verdict,
-        p_families=p,
+        values=dict(values),
+        nulls=by_test,
+        p_tests=p,
         p_adjusted=adjusted,
         p_value=together,
         score=score_of(values, nulls, rule),
@@ -91,6 +165,10 @@ def judge(
         decided_by=how,
         reason=reason,
     )
+
+
+def _unit(test: str) -> str:
+    return "logarithm of a ratio" if test.endswith(_MOVED) else "mean Fisher z"
 
 
 def judge_by_bank(values: Mapping[str, float], banks: Mapping[str, Sequence[float]]) -> Judged:
@@ -107,7 +185,9 @@ def judge_by_bank(values: Mapping[str, float], banks: Mapping[str, Sequence[floa
     p = {name: bank_p(max(scale, default=0.0), scale) for name, scale in scales.items()}
     return Judged(
         verdict="inconclusive",
-        p_families=p,
+        values=dict(values),
+        nulls={},
+        p_tests=p,
         p_adjusted=holm(p),
         p_value=combined(p),
         score=max(value / (1 + value) if value > 0 else 0.0 for value in values.values()),
@@ -122,6 +202,6 @@ def _moderated(
     values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], rule: Rule
 ) -> dict[str, float]:
     return {
-        name: moderated_p(value, [null[name] for null in nulls], prior_spread=rule.prior_spread)
+        name: moderated_p(value, [null[name] for null in nulls], prior_spread=rule.spread_of(name))
         for name, value in values.items()
     }

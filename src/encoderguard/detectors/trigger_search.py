@@ -10,10 +10,18 @@ from pydantic import Field
 from encoderguard.bank import bank
 from encoderguard.collapse import Collapse
 from encoderguard.detectors._students import distil, tuned
-from encoderguard.detectors._trigger_evidence import evidence_of
+from encoderguard.detectors._trigger_evidence import evidence_of, furthest
 from encoderguard.detectors._trigger_found import Budget, Found
 from encoderguard.detectors._trigger_stages import search
-from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, judge, judge_by_bank
+from encoderguard.detectors._trigger_verdict import (
+    Judged,
+    NullKind,
+    Rule,
+    judge,
+    judge_by_bank,
+    moved,
+    statistics_of,
+)
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
@@ -35,12 +43,14 @@ _LEAST = 8
 class TriggerSearch(Detector):
     """Looks for weak triggers of six families that collapse the features of clean images.
 
-    Collapse is the mean cosine of features of different stamped images, standardised over the clean images.
+    Collapse is the mean cosine of features of different stamped images, standardised over the clean images;
+    displacement is how far a stamped image moves from itself.
     Three stages: a bank of some 300 candidates by forward passes alone (patches, blends, additive noise,
     spectral waves, colour changes, warps); gradient refinement of the best patches, blends and additive
     patterns with successive halving; the same at weaker and stronger levels. The result is one curve of
     collapse over strength per family; its mean in Fisher's z is the statistic, judged family by family
-    against clean reference encoders, or students distilled from the suspect, and combined after Holm.
+    against clean reference encoders, or students distilled from the suspect. A second statistic is how much
+    further than in those a candidate of the bank moves the features. All are combined after Holm.
 
     Ours, not from one paper. The collapse objective is DECREE's (Feng et al. 2023) in a centred feature
     space; successive halving over candidates is in the spirit of K-Arm (Shen et al. 2021); the moderated t
@@ -53,8 +63,8 @@ class TriggerSearch(Detector):
     needs: ClassVar[str] = "clean unlabelled images; for a verdict, clean encoders of the same architecture"
     cost: ClassVar[str] = "a search, mostly forward passes; students add a short training each"
     blind_spots: ClassVar[str] = (
-        "Triggers that differ from image to image, generated or semantic ones, and encoders whose backdoor "
-        "moves features without making them alike."
+        "Triggers that differ from image to image, generated or semantic ones, and any that no candidate of "
+        "the six families comes near."
     )
 
     references: tuple[str, ...] = ()
@@ -66,9 +76,11 @@ class TriggerSearch(Detector):
     fpr: Annotated[float, Field(gt=0, lt=0.25)] = 0.05
     """Rate of clean encoders that may be called backdoored."""
     margin: Annotated[float, Field(ge=0)] = 0.25
-    """Besides being significant, a family must exceed every clean encoder by so much in mean Fisher z."""
-    prior_spread: Annotated[float, Field(gt=0)] = 0.2
-    """Expected standard deviation of a family's statistic over clean encoders; counts as four references."""
+    """Besides being significant, a statistic must exceed every clean encoder's by so much."""
+    prior_spread: Annotated[float, Field(gt=0)] = 0.1
+    """Expected standard deviation of a curve's statistic over clean encoders; counts as four references."""
+    moved_spread: Annotated[float, Field(gt=0)] = 0.15
+    """The same of how much further than in clean encoders a candidate moves the features (a log ratio)."""
     families: tuple[TriggerFamily, ...] = FAMILIES
     """Families that are searched."""
     images: Annotated[int, Field(ge=_LEAST)] = 64
@@ -113,8 +125,8 @@ class TriggerSearch(Detector):
         seconds["null"] = time.monotonic() - begun
         kind: NullKind = "references" if references else "students" if others else "bank"
         judged = self._judge(found, list(nulls.values()), kind)
-        triggers = {family: found.families[family].strongest for family in self.families}
-        best = min(self.families, key=lambda f: (judged.p_families[f], -found.families[f].statistic))
+        triggers = {family: _telling(found, list(nulls.values()), judged, family) for family in self.families}
+        best = min(self.families, key=lambda f: (_smallest_p(judged, f), -found.families[f].statistic))
         evidence = evidence_of(found, nulls, judged, kind, rule=self._rule)
         begun = time.monotonic()
         evidence |= self._natural_or_injected(encoder, others, triggers, used, run)
@@ -138,7 +150,12 @@ class TriggerSearch(Detector):
 
     @property
     def _rule(self) -> Rule:
-        return Rule(fpr=self.fpr, margin=self.margin, prior_spread=self.prior_spread)
+        return Rule(
+            fpr=self.fpr,
+            margin=self.margin,
+            prior_spread=self.prior_spread,
+            moved_spread=self.moved_spread,
+        )
 
     def _search(self, encoder: Encoder, used: "_Images", name: str, run: Run) -> Found:
         """The same seed for every encoder, so that all are asked the same questions."""
@@ -148,10 +165,11 @@ class TriggerSearch(Detector):
         return search(encoder, used.searched, used.held_out, rays, budget, run=run.child("search"), name=name)
 
     def _judge(self, found: Found, nulls: list[Found], kind: NullKind) -> Judged:
-        values = found.statistics
         if kind != "bank":
-            return judge(values, [null.statistics for null in nulls], kind, self._rule)
-        return judge_by_bank(values, {str(family): result.bank for family, result in found.families.items()})
+            values, others = statistics_of(found.measures, [null.measures for null in nulls])
+            return judge(values, others, kind, self._rule)
+        curves = dict(found.measures.curves)
+        return judge_by_bank(curves, {str(family): result.bank for family, result in found.families.items()})
 
     def _natural_or_injected(
         self,
@@ -176,6 +194,19 @@ class TriggerSearch(Detector):
             for name, other in {"on the suspect": encoder, **others}.items()
         }
         return {"collapse_of_found_triggers": found}
+
+
+def _smallest_p(judged: Judged, family: TriggerFamily) -> float:
+    return min(judged.p_tests.get(test, 1.0) for test in (family, moved(family)))
+
+
+def _telling(found: Found, nulls: list[Found], judged: Judged, family: TriggerFamily) -> Trigger:
+    """The trigger of the family's more significant test."""
+    result = found.families[family]
+    if judged.p_tests.get(moved(family), 1.0) >= judged.p_tests[family]:
+        return result.strongest
+    ray = result.tried[furthest(found, nulls, family)]
+    return ray.at(ray.strength)
 
 
 class _Images:

@@ -59,7 +59,28 @@ def families(record: Record, arrays: Arrays) -> list[Block]:
     return [
         Gallery(pictures=panels, shape="curves", caption=caption),
         Table(header=[*header, "after tuning"], rows=rows, caption=note),
+        *_displacements(entries),
     ]
+
+
+def _displacements(entries: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """Per family the candidate that moves the features furthest beside the clean encoders."""
+    rows = []
+    for name, entry in entries.items():
+        if told := mapping(entry.get("moved")):
+            others = _span(mapping(told.get("null_statistics")))
+            values = (told.get(key) for key in ("displacement", "statistic", "p", "p_adjusted"))
+            own, statistic, p, adjusted = map(_short, values)
+            there = _span(mapping(told.get("on_clean")))
+            rows.append([name, text(told.get("label")), own, there, statistic, others, p, adjusted])
+    if not rows:
+        return []
+    note = (
+        "Displacement: 1 minus the mean cosine of an image and its stamped copy, 0 if nothing moves. "
+        "Statistic: the logarithm of its ratio to that on the others, less the median over all candidates."
+    )
+    header = ["family", "candidate", "displacement", "on the others", "statistic", "of the others", "p"]
+    return [Table(header=[*header, "p, Holm"], rows=rows, caption=note)]
 
 
 def _short(value: object) -> str:
