@@ -1,13 +1,16 @@
 """Run detectors over a zoo and measure how well they tell its backdoored encoders from its clean ones.
 
     python benchmarks/detectors_on_zoo.py zoo/small --images ../shared/data/cifar10:train
+    python benchmarks/detectors_on_zoo.py zoo/small --images ../shared/data/cifar10:train \
+        --detectors students --encoders simclr-s1,badencoder-t12-s0
 
 Every (encoder, detector) is one JSON line in ``results/detectors_ZOO.jsonl``, written as soon as it is done:
 a run that was stopped goes on where it was. The summary is ``results/detectors_ZOO.json``; ``--summary``
 makes it from the lines alone. Cost with width 16 on one core: about a minute per encoder and detector.
 
 The trigger search is run once per encoder without references, and judged afterwards beside the same search
-on clean encoders, as if they were its ``references``: see ``encoderguard.bench.detector_rates``.
+on clean encoders, as if they were its ``references``: see ``encoderguard.bench.detector_rates``. ``students``
+is the same search beside two students distilled from the suspect, as for a user who has no reference.
 """
 
 import argparse
@@ -38,6 +41,22 @@ RESULTS = Path(__file__).parent / "results"
 DETECTORS = "trigger_search,decree,neural_cleanse,abs,ssl_cleanse"
 SETTINGS: dict[str, dict[str, Any]] = {"trigger_search": {"tune_steps": 0}}
 """What differs from the defaults: tuning a copy decides nothing and takes time."""
+STUDENTS = "students"
+
+
+def detector_named(name: str) -> Detector:
+    """By its registered name; ``students`` is the trigger search beside two of them."""
+    if name == STUDENTS:
+        name, given = "trigger_search", SETTINGS["trigger_search"] | {"students": 2}
+    else:
+        given = SETTINGS.get(name, {})
+    return cast(Detector, create("detector", name, given))
+
+
+def label_of(detector: Detector) -> str:
+    """Under which its rows stand."""
+    students = detector.settings().get("students", 0)
+    return f"{detector.name}, {students} students" if students else detector.name
 
 
 def key_of(entry: Entry, detector: Detector, images: ImageSet, seed: int) -> str:
@@ -63,7 +82,7 @@ def measured(entry: Entry, folder: Path, detector: Detector, images: ImageSet, s
     row: dict[str, Any] = {
         "key": key_of(entry, detector, images, seed),
         "encoder": entry.name,
-        "detector": detector.name,
+        "detector": label_of(detector),
         "settings": detector.settings(),
         "images": {"name": images.name, "count": len(images), "digest": images.digest},
         "seed": seed,
@@ -101,10 +120,16 @@ def _evidence(found: Detection) -> dict[str, Any]:
 
 
 def missing(
-    folder: Path, detectors: list[Detector], images: ImageSet, seed: int, known: dict[str, dict[str, Any]]
+    folder: Path,
+    detectors: list[Detector],
+    images: ImageSet,
+    seed: int,
+    known: dict[str, dict[str, Any]],
+    only: set[str],
 ) -> Iterator[dict[str, Any]]:
     """Measure what has no row yet, all detectors on one encoder after another, clean ones first."""
     built = [entry for entry in read_manifest(folder).cells if entry.status == "built"]
+    built = [entry for entry in built if not only or entry.name in only]
     for entry in sorted(built, key=lambda entry: entry.attack is not None):
         for detector in detectors:
             row = known.get(key_of(entry, detector, images, seed))
@@ -113,9 +138,9 @@ def missing(
 
 
 def own_triggers(folder: Path, images: ImageSet) -> list[dict[str, Any]]:
-    """The collapse under the planted trigger, which no detector sees, on the encoder and on the clean one.
+    """What the planted trigger does, which no detector sees, on the encoder and on the clean one.
 
-    It parts two reasons to miss: the search did not find the trigger, or the trigger collapses little.
+    It parts two reasons to miss: the search did not find the trigger, or the trigger does little.
     """
     told = []
     manifest, run = read_manifest(folder), Run(rng=Rng(0))
@@ -129,7 +154,9 @@ def own_triggers(folder: Path, images: ImageSet) -> list[dict[str, Any]]:
             for each in (entry, origin)
         )
         row = {"encoder": entry.name, "attack": entry.attack, "asr": entry.asr}
-        told.append(row | {"collapse": own.of([trigger])[0], "on_clean": before.of([trigger])[0]})
+        told.append(
+            row | own.measure([trigger])[0]._asdict() | {"on_clean": before.measure([trigger])[0]._asdict()}
+        )
     return told
 
 
@@ -140,22 +167,22 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--count", type=int, default=300, help="images that a detector gets")
     parser.add_argument("--detectors", default=DETECTORS)
+    parser.add_argument("--encoders", help="measure these alone, names with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--summary", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    detectors = [
-        cast(Detector, create("detector", name, SETTINGS.get(name))) for name in given.detectors.split(",")
-    ]
+    detectors = [detector_named(name) for name in given.detectors.split(",")]
+    only = set(given.encoders.split(",")) if given.encoders else set()
     images = load_images(given.images, size=given.image_size).sample(given.count, Rng(given.seed))
     lines = given.out / f"detectors_{given.zoo.name}.jsonl"
     known = read_lines(lines)
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.summary:
         with lines.open("a", encoding="utf-8") as stream:
-            for row in missing(given.zoo, detectors, images, given.seed, known):
+            for row in missing(given.zoo, detectors, images, given.seed, known, only):
                 stream.write(json.dumps(row, allow_nan=False) + "\n")
                 stream.flush()
                 known[row["key"]] = row
@@ -173,7 +200,7 @@ def main() -> None:
         "command": f"python benchmarks/detectors_on_zoo.py {given.zoo} --images {given.images} "
         f"--count {given.count} --seed {given.seed} --detectors {given.detectors}",
         "images": {"name": images.name, "count": len(images), "digest": images.digest},
-        "settings": {detector.name: detector.settings() for detector in detectors},
+        "settings": {label_of(detector): detector.settings() for detector in detectors},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.processor() or platform.machine(),
         **summary(rows, manifest.cells),
