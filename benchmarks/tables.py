@@ -15,6 +15,7 @@ STORIES = {
     "cifar10_cifar100": "CIFAR-10 to CIFAR-100, ResNet-18 width 16",
     "cifar10_tiny_imagenet": "CIFAR-10 to Tiny-ImageNet (20 classes, 32 px), ResNet-18 width 16",
 }
+ZOOS = {"small": "the zoo of CIFAR-10 encoders, ResNet-18 width 16"}
 # MIMIC, Table I, BadEncoder rows pre-trained on CIFAR-10: ACC/ASR undefended and after MIMIC. Their ASR
 # counts target-class images too. SVHN and STL-10 could not be had here and were not run.
 CIFAR_NOTE = (
@@ -86,6 +87,63 @@ def ablation(record: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def detectors(record: dict[str, Any]) -> list[str]:
+    """Two tables per block: every detector, and what the trigger search and DECREE find of each attack."""
+    lines = [f"`{record['command']}`, zoo digest `{record['zoo']['digest'][:12]}`.", ""]
+    for block in record["blocks"]:
+        found = block["detectors"]
+        if not any(told["auroc"] for told in found.values()):
+            continue
+        lines += [
+            f"### {block['name']}",
+            "",
+            "| detector | clean, backdoored | AUROC [95 %] | cross-entropy (knowing nothing) | "
+            "verdicts on clean | verdicts on backdoored | CPU s |",
+            "|---|---|---|---|---|---|---|",
+            *(_detector(name, told) for name, told in found.items()),
+            "",
+        ]
+    return [*lines, *misses(record)]
+
+
+def _detector(name: str, told: dict[str, Any]) -> str:
+    area, entropy = told["auroc"], told["cross_entropy"]
+    cells = [
+        f"{told['clean']}, {told['backdoored']}",
+        f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]" if area else "-",
+        f"{entropy['value']:.2f} ({entropy['base_rate']:.2f})" if entropy else "-",
+        *(
+            ", ".join(f"{n} {v}" for v, n in told["verdicts"][truth].items())
+            for truth in ("clean", "backdoored")
+        ),
+        f"{told['cpu_seconds']:.0f}",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def misses(record: dict[str, Any]) -> list[str]:
+    """One row per backdoored encoder: what its own trigger does, and what was said of it."""
+    planted = {row["encoder"]: row for row in record["own_triggers"]}
+    cases = {(case["detector"], case["encoder"]): case for case in record["cases"]}
+    lines = [
+        "| encoder | ASR % | its own trigger's collapse (on the clean one) | "
+        "displacement (on the clean one) | trigger search | p | DECREE |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (detector, name), case in cases.items():
+        if detector != "trigger_search":
+            continue
+        own, other = planted.get(name), cases.get(("decree", name))
+        p = "-" if case["p_value"] is None else f"{case['p_value']:.2g}"
+        verdicts = f"{case['verdict']} | {p} | {other['verdict'] if other else '-'}"
+        if own is None:
+            lines.append(f"| {name} (clean) | - | - | - | {verdicts} |")
+            continue
+        told = (f"{own[key]:.2f} ({own['on_clean'][key]:.2f})" for key in ("collapse", "displacement"))
+        lines.append(f"| {name} | {100 * own['asr']:.1f} | {' | '.join(told)} | {verdicts} |")
+    return [*lines, ""]
+
+
 def main() -> None:
     """Print the page."""
     lines = ["# Results", "", "Made by `python benchmarks/tables.py` from the records in `results/`.", ""]
@@ -103,6 +161,10 @@ def main() -> None:
     found = load("mimic_ablation")
     if found:
         lines += ["", "## What decides whether the student keeps the backdoor", "", *ablation(found)]
+    for name, title in ZOOS.items():
+        record = load(f"detectors_{name}")
+        if record:
+            lines += ["", f"## Detectors on {title}", "", *detectors(record)]
     print("\n".join(lines))
 
 
