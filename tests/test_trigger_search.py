@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_found import Found
 from encoderguard.detectors._trigger_verdict import (
@@ -34,6 +35,7 @@ from encoderguard.random import Rng
 from encoderguard.rays import TriggerFamily
 from encoderguard.run import Run
 from encoderguard.triggers import MaskedPattern, load_trigger
+from encoderguard.zoo.manifest import Entry, Manifest, write_manifest
 
 RUN = Run(rng=Rng(0), precision="float32")
 SIDE = 32
@@ -299,6 +301,27 @@ def test_references_must_be_of_the_suspect_s_kind_and_not_the_suspect(tmp_path: 
         TriggerSearch(references=(str(own),)).detect(small(0), little(), run=RUN)
     with pytest.raises(EncoderError):
         TriggerSearch(references=(str(tmp_path / "none.safetensors"),)).detect(small(0), little(), run=RUN)
+
+
+def test_a_zoo_gives_its_clean_encoders_of_the_suspect_s_kind(tmp_path: Path) -> None:
+    wide = Encoder.build(SPEC.model_copy(update={"width": 3}), Rng(0)).eval()
+    encoders = {"a": small(1), "b": small(2), "own": small(0), "wide": wide, "bad": small(3)}
+    cells = [
+        Entry(
+            name=name,
+            status="built",
+            attack="badencoder" if name == "bad" else None,
+            pretrain="simclr",
+            seed=0,
+            bundle=one.save(tmp_path / f"{name}.safetensors").name,
+        )
+        for name, one in encoders.items()
+    ]
+    write_manifest(Manifest(name="toys", cells=cells), tmp_path)
+    found = load_references((str(tmp_path),), small(0))
+    assert [Path(spec).stem for spec in found] == ["a", "b"]
+    with pytest.raises(SettingError, match=r"has no clean encoder that is .* of width 5 .*; give references"):
+        load_references((str(tmp_path),), Encoder.build(SPEC.model_copy(update={"width": 5}), Rng(0)))
 
 
 def test_misuse_is_refused_in_a_sentence() -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from encoderguard.bank import bank
 from encoderguard.collapse import Collapse
+from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_evidence import evidence_of, furthest
 from encoderguard.detectors._trigger_found import Budget, Found
@@ -25,7 +26,6 @@ from encoderguard.detectors._trigger_verdict import (
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
-from encoderguard.loading import load_encoder
 from encoderguard.methods import Detection, Detector, require_images
 from encoderguard.rays import FAMILIES, TriggerFamily
 from encoderguard.registry import register
@@ -68,7 +68,7 @@ class TriggerSearch(Detector):
     )
 
     references: tuple[str, ...] = ()
-    """Specs of clean encoders of the suspect's architecture; each is searched as the suspect is."""
+    """Clean encoders of the suspect's architecture, or a zoo's folder; each is searched as the suspect is."""
     students: Annotated[int, Field(ge=0)] = 0
     """Without references: so many students, distilled from the suspect on clean images, take their place."""
     student_steps: Annotated[int, Field(ge=1)] = 400
@@ -105,6 +105,7 @@ class TriggerSearch(Detector):
             ImageError: fewer than eight images.
             EncoderError: a reference cannot be loaded.
             SettingError: a reference is of another architecture, or is the suspect itself; no family.
+            UsageError: a zoo cannot be read.
             NonFiniteError: features or loss are NaN or infinite.
             Stopped: the user asked to stop.
         """
@@ -113,7 +114,7 @@ class TriggerSearch(Detector):
             raise SettingError(
                 "The trigger search needs at least one family, found none; leave it out for all."
             )
-        references = {spec: _reference(spec, encoder) for spec in self.references}
+        references = load_references(self.references, encoder)
         used = _Images(images, self.images, run)
         found = self._search(encoder, used, "suspect", run)
         seconds = {f"suspect_{stage}": took for stage, took in found.seconds.items()}
@@ -225,25 +226,6 @@ def are_grey(images: ImageSet) -> bool:
     """Whether all channels of all images are the same but for rounding: colours are then left out."""
     pixels = images.take(torch.arange(len(images))).short()
     return int((pixels.amax(1) - pixels.amin(1)).max()) <= 2
-
-
-def _reference(spec: str, suspect: Encoder) -> Encoder:
-    reference = load_encoder(spec)
-    own, other = ((e.spec.architecture, e.spec.width, e.spec.stem) for e in (suspect, reference))
-    if own != other:
-        raise SettingError(
-            f"The reference {spec} is {_words(other)}, the suspect is {_words(own)}; "
-            "give clean encoders of the suspect's architecture."
-        )
-    if reference.fingerprint == suspect.fingerprint:
-        raise SettingError(
-            f"The reference {spec} is the suspect itself; give encoders that are known to be clean."
-        )
-    return reference
-
-
-def _words(key: tuple[str, int, str]) -> str:
-    return f"{key[0]} of width {key[1]} with the {key[2]} stem"
 
 
 def _nearest(encoder: Encoder, trigger: Trigger, used: _Images, run: Run) -> dict[str, Any]:
