@@ -1,8 +1,8 @@
 """What the trigger search costs: seconds and memory against bank, images, width and image size.
 
 One thing is changed at a time. CPU seconds are the ones to compare on a machine that does other work too.
-Peak memory is that of the process so far, so only its growth tells. Other widths are measured on encoders with
-random weights, which take as long.
+Peak memory is that of the process so far, so only its growth tells. Other widths are measured on encoders
+with random weights, which take as long.
 
     python benchmarks/trigger_search_cost.py encoder.safetensors --images cifar10:train --image-size 32
 """
