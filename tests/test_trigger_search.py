@@ -135,10 +135,10 @@ def test_a_backdoor_that_spreads_its_images_is_found_by_how_far_they_move() -> N
     values, nulls = statistics_of(searched("spread", 0).measures, [one.measures for one in clean])
     curves = [null["patch"] for null in nulls]
     assert values["patch"] < max(curves) + 0.3
-    assert values["patch, moved"] > max(null["patch, moved"] for null in nulls) + 1
+    assert values["patch, displacement"] > max(null["patch, displacement"] for null in nulls) + 1
     found = judge(values, nulls, "references", RULE)
     assert found.verdict == "backdoored"
-    assert found.p_tests["patch, moved"] < 0.01 < found.p_tests["patch"]
+    assert found.p_tests["patch, displacement"] < 0.01 < found.p_tests["patch"]
     innocent, others = statistics_of(clean[0].measures, [one.measures for one in clean[1:]])
     assert judge(innocent, others, "references", RULE).verdict != "backdoored"
 
@@ -231,8 +231,8 @@ def test_the_second_test_is_the_largest_ratio_less_the_median_over_all_candidate
 
     clean = [measures(0.07, 0.17, 0.37), measures(0.07, 0.17, 0.37)]
     values, nulls = statistics_of(measures(0.17, 0.77, 0.77), clean)  # ratios of .2/.1, .8/.2, .8/.4
-    assert values == {"patch": 0.1, "patch, moved": pytest.approx(math.log(4 / 2))}
-    assert [null["patch, moved"] for null in nulls] == pytest.approx([0, 0])
+    assert values == {"patch": 0.1, "patch, displacement": pytest.approx(math.log(4 / 2))}
+    assert [null["patch, displacement"] for null in nulls] == pytest.approx([0, 0])
 
 
 def test_the_second_test_needs_two_clean_encoders_and_whole_banks() -> None:

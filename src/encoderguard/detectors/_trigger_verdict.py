@@ -23,7 +23,7 @@ __all__ = [
 NullKind = Literal["references", "students", "bank"]
 _CLEAR = 4
 """From this many times the false-positive rate on, a p-value counts as clean; between, as inconclusive."""
-_MOVED = ", moved"
+_MOVED = ", displacement"
 _FEWEST = 2
 """Clean encoders below which their spread is an assumption, and no verdict rests on it."""
 
@@ -80,10 +80,11 @@ def statistics_of(
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Statistics by test, of an encoder and of the clean ones it is judged beside.
 
-    A family has two tests: its curve of collapse, and ``moved``, how much further than in clean encoders the
-    same candidate of the bank moves the features: the largest ``log_ratios`` of displacements, less their
-    median over the whole bank, because some encoders are more sensitive to everything. A clean encoder's own
-    value is taken beside the other clean ones, so ``moved`` needs two of them; and whole banks.
+    A family has two tests: its curve of collapse, and its displacement, how much further than in clean
+    encoders the same candidate of the bank moves the features: the largest ``log_ratios`` of displacements,
+    less their median over the whole bank, because some encoders are more sensitive to everything. A clean
+    encoder's own value is taken beside the other clean ones, so the second test needs two of them; and whole
+    banks.
     """
     values, others = dict(found.curves), [dict(null.curves) for null in nulls]
     banks = [null.displacements for null in nulls]
