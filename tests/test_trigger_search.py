@@ -204,9 +204,17 @@ def test_among_the_references_is_clean_and_between_is_inconclusive() -> None:
 
 def test_significance_without_a_margin_is_inconclusive() -> None:
     strict = replace(RULE, margin=3.0)
-    found = judge({"patch": 2.0, "blend": 0.8}, CLEAN, "students", strict)
+    found = judge({"patch": 2.0, "blend": 0.8}, CLEAN, "references", strict)
     assert found.verdict == "inconclusive"
     assert "significant, but not 3 above all of them" in found.reason
+
+
+def test_students_give_a_p_value_but_no_verdict() -> None:
+    for value in (2.0, 0.3):
+        found = judge({"patch": value, "blend": 0.8}, CLEAN, "students", RULE)
+        assert found.verdict == "inconclusive"
+        assert "students are not clean encoders of their own, so no verdict: give references" in found.reason
+    assert found.p_value > 0.2
 
 
 def test_one_reference_gives_a_p_value_but_no_verdict() -> None:

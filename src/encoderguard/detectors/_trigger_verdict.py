@@ -124,7 +124,7 @@ def judge(
 
     ``backdoored``: the Holm-combined p-value is at most ``fpr`` and, in a test that is significant, the
     value exceeds that of every clean encoder by ``margin``. ``clean``: the combined p-value is at least 4
-    times ``fpr``. Otherwise, and with one clean encoder only, ``inconclusive``.
+    times ``fpr``. Otherwise, and with one clean encoder only or with students, ``inconclusive``.
 
     The p-values are ranks where there are enough clean encoders for ranks to reach ``fpr`` after Holm's
     correction, else those of the moderated t.
@@ -141,7 +141,7 @@ def judge(
     excess = {name: value - max(by_test[name]) for name, value in values.items()}
     strong = [name for name in values if adjusted[name] <= rule.fpr and excess[name] >= rule.margin]
     verdict: Verdict = "inconclusive"
-    if len(nulls) >= _FEWEST:
+    if len(nulls) >= _FEWEST and kind == "references":
         verdict = "backdoored" if strong else "clean" if together >= _CLEAR * rule.fpr else "inconclusive"
     first = min(p, key=lambda name: (p[name], -excess[name]))
     who = f"{len(nulls)} clean {kind}" if kind == "references" else f"{len(nulls)} {kind} of the suspect"
@@ -152,6 +152,8 @@ def judge(
     )
     if len(nulls) < _FEWEST:
         reason += f"; with fewer than {_FEWEST} to compare with their spread is unknown, so no verdict"
+    elif kind == "students":
+        reason += "; students are not clean encoders of their own, so no verdict: give references"
     elif verdict == "inconclusive" and together <= rule.fpr:
         reason += f"; significant, but not {rule.margin:g} above all of them"
     return Judged(

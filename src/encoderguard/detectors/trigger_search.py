@@ -70,7 +70,7 @@ class TriggerSearch(Detector):
     references: tuple[str, ...] = ()
     """Clean encoders of the suspect's architecture, or a zoo's folder; each is searched as the suspect is."""
     students: Annotated[int, Field(ge=0)] = 0
-    """Without references: so many students, distilled from the suspect on clean images, take their place."""
+    """Without references: students distilled from the suspect on clean images; evidence, no verdict."""
     student_steps: Annotated[int, Field(ge=1)] = 400
     """Training steps per student, of up to 64 images."""
     fpr: Annotated[float, Field(gt=0, lt=0.25)] = 0.05
