@@ -330,6 +330,9 @@ def test_a_zoo_gives_its_clean_encoders_of_the_suspect_s_kind(tmp_path: Path) ->
     assert [Path(spec).stem for spec in found] == ["a", "b"]
     with pytest.raises(SettingError, match=r"has no clean encoder that is .* of width 5 .*; give references"):
         load_references((str(tmp_path),), Encoder.build(SPEC.model_copy(update={"width": 5}), Rng(0)))
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(SettingError, match=r"is not the manifest of a zoo .*; give the folder of a zoo"):
+        load_references((str(tmp_path),), small(0))
 
 
 def test_misuse_is_refused_in_a_sentence() -> None:

@@ -1,5 +1,6 @@
 """The clean encoders that a suspect is judged beside: bundles, or all that fit of a zoo."""
 
+import json
 from pathlib import Path
 
 from encoderguard.encoder import Encoder
@@ -16,8 +17,8 @@ def load_references(specs: tuple[str, ...], suspect: Encoder) -> dict[str, Encod
 
     Raises:
         EncoderError: one cannot be loaded.
-        SettingError: one is of another architecture, or is the suspect itself; a zoo has none that fits.
-        UsageError: the manifest of a zoo cannot be read.
+        SettingError: one is of another architecture, or is the suspect itself; a zoo has none that fits, or
+            its manifest cannot be read.
     """
     found: dict[str, Encoder] = {}
     for spec in specs:
@@ -29,11 +30,7 @@ def load_references(specs: tuple[str, ...], suspect: Encoder) -> dict[str, Encod
 
 
 def _of_zoo(folder: Path, suspect: Encoder) -> dict[str, Encoder]:
-    from encoderguard.zoo.manifest import read_manifest  # the zoo builds with jobs, which know the detectors
-
-    clean = [entry for entry in read_manifest(folder).cells if entry.status == "built" and not entry.attack]
-    known = {str(folder / str(entry.bundle)): entry for entry in clean if entry.bundle}
-    loaded = {spec: load_encoder(spec) for spec in known}
+    loaded = {str(folder / name): load_encoder(str(folder / name)) for name in _clean_bundles(folder)}
     fitting = {
         spec: encoder
         for spec, encoder in loaded.items()
@@ -45,6 +42,19 @@ def _of_zoo(folder: Path, suspect: Encoder) -> dict[str, Encoder]:
             "give references of that kind, or ask for students."
         )
     return fitting
+
+
+def _clean_bundles(folder: Path) -> list[str]:
+    """The files of the clean encoders. Read as JSON, because the zoo stands above the detectors."""
+    try:
+        cells = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["cells"]
+        clean = [cell for cell in cells if cell["status"] == "built" and cell["attack"] is None]
+        return [str(cell["bundle"]) for cell in clean]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError(
+            f"{folder / _MANIFEST} is not the manifest of a zoo ({type(error).__name__}: {error}); "
+            "give the folder of a zoo, or bundles."
+        ) from None
 
 
 def _reference(spec: str, suspect: Encoder) -> Encoder:

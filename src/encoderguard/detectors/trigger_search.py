@@ -105,7 +105,6 @@ class TriggerSearch(Detector):
             ImageError: fewer than eight images.
             EncoderError: a reference cannot be loaded.
             SettingError: a reference is of another architecture, or is the suspect itself; no family.
-            UsageError: a zoo cannot be read.
             NonFiniteError: features or loss are NaN or infinite.
             Stopped: the user asked to stop.
         """
