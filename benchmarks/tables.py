@@ -103,7 +103,11 @@ def detectors(record: dict[str, Any]) -> list[str]:
             *(_detector(name, told) for name, told in found.items()),
             "",
         ]
-    return [*lines, *misses(record)]
+    note = (
+        "Students gave verdicts when this was run; "
+        "since one accused a clean encoder they give evidence alone."
+    )
+    return [*lines, note, "", *misses(record)]
 
 
 def _detector(name: str, told: dict[str, Any]) -> str:

@@ -26,10 +26,12 @@ from encoderguard.run import Run
 from encoderguard.storage import write_text
 
 RESULTS = Path(__file__).parent / "results"
+_USUAL = 64
+"""Images to search with where nothing else is asked."""
 
 
 def measured(
-    encoder: Encoder, images: ImageSet, *, scale: float = 1.0, count: int = 64, seed: int
+    encoder: Encoder, images: ImageSet, *, scale: float = 1.0, count: int = _USUAL, seed: int
 ) -> dict[str, Any]:
     """One search without company and without tuning."""
     wall, cpu = time.monotonic(), time.process_time()
@@ -66,8 +68,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     encoder = load_encoder(given.encoder)
 
-    def images(side: int) -> ImageSet:
-        return load_images(given.images, size=side).sample(2 * max(given.counts), Rng(given.seed))
+    def images(side: int) -> ImageSet:  # half are searched with, half are measured on
+        return load_images(given.images, size=side).sample(2 * max(_USUAL, *given.counts), Rng(given.seed))
 
     usual = images(given.image_size)
     work: list[tuple[Encoder, ImageSet, dict[str, Any]]] = [
