@@ -41,9 +41,9 @@ __all__ = [
 UTILITY_FLOOR = 0.4
 """Overlap of neighbours below which a trained encoder is taken to have lost too much (ours).
 
-Training moves neighbours that matter little: far fewer than .8 of them stayed on a BYOL encoder whose accuracy
-it raised by a point, and a floor of .8 gave the backdoored suspect back. Chosen after a look at the ACC and ASR
-of that encoder, whose figures are therefore optimistic."""
+Training moves neighbours that matter little: far fewer than .8 of them stayed on a BYOL encoder whose
+accuracy it raised by a point, and a floor of .8 gave the backdoored suspect back. Chosen after a look at the
+ACC and ASR of that encoder, whose figures are therefore optimistic."""
 PRUNING_FLOOR = 0.8
 """The same where the method removes channels until the floor is met, and so spends all that it allows."""
 _CONSTANT = 1e-5  # spread of features relative to their length
