@@ -167,6 +167,11 @@ def test_a_grid_becomes_cells_in_order_with_inherited_choices(tmp_path: Path) ->
             "width = 4",
             "Attack group 'badencoder' sets 'width', which its clean encoder decides",
         ),
+        (
+            "count = 16",
+            "training = { epochs = 2 }",
+            "Attack group 'badencoder' sets 'training', but its attack fine-tunes a finished encoder",
+        ),
         ("width = 2", "width = two", "mini.toml is not a TOML file"),
         ("[defaults]", '[defaults]\nprobe = "svm"', "Unknown probe 'svm'; expected one of"),
         (
@@ -179,6 +184,16 @@ def test_a_grid_becomes_cells_in_order_with_inherited_choices(tmp_path: Path) ->
 def test_a_wrong_recipe_is_refused_in_one_sentence(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         read_recipe(recipe_file(tmp_path, (RECIPE + ATTACK).replace(old, new)))
+
+
+def test_a_poisoning_attack_may_train_in_its_own_way_and_on_all_images(tmp_path: Path) -> None:
+    own = POISON + 'count = "all"\ntraining = { epochs = 7 }\n'
+    text = RECIPE.replace("width = 2", "width = 2\ncount = 9") + own
+    clean, attacked = read_recipe(recipe_file(tmp_path, text)).cells()
+    assert attacked.pretrain_settings == clean.pretrain_settings | {"epochs": 7}
+    assert (clean.task.count, attacked.task.count) == (9, None)
+    with pytest.raises(SettingError, match="Unknown setting 'epoch'"):
+        read_recipe(recipe_file(tmp_path, text.replace("{ epochs = 7 }", "{ epoch = 7 }")))
 
 
 def test_two_cells_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from encoderguard.backbones import Stem
 from encoderguard.errors import SettingError
@@ -19,6 +19,9 @@ __all__ = ["AttackGroup", "Cell", "CleanGroup", "Task", "ZooRecipe", "read_recip
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Seeds = Annotated[list[int], Field(min_length=1)]
+Count = Annotated[
+    Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda given: None if given == "all" else given)
+]
 _OF_THE_CLEAN = ("architecture", "width", "stem", "normalisation", "image_size", "precision")
 
 
@@ -39,8 +42,8 @@ class Task(_Part):
     stem: Stem = "cifar"
     normalisation: str | None = None
     precision: Literal["float32", "bf16"] = "float32"
-    count: Annotated[int, Field(ge=1)] | None = None
-    """Images to draw with the cell's seed; null takes all."""
+    count: Count = None
+    """Images to draw with the cell's seed; "all", or null, takes all."""
     downstream_train: str = "digits:train"
     """Labelled images for the probes, and the attacker's candidates for a reference."""
     downstream_test: str = "digits:test"
@@ -68,6 +71,8 @@ class AttackGroup(Task):
     clean: str
     """Group of clean encoders, of which the one of the same seed is taken; or one cell of it."""
     settings: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    """Of an attack that poisons data: settings of the training, on top of the clean group's."""
     seeds: Seeds = [0]
     targets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     """Downstream labels aimed at."""
@@ -139,24 +144,22 @@ class ZooRecipe(_Part):
         clean = {cell.name: cell for cell in self._clean_cells()}
         for group in self.attack:
             method = group.method or group.name
-            given = group.model_fields_set.intersection(_OF_THE_CLEAN)
-            if given:
-                raise SettingError(
-                    f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder "
-                    "decides; set it there."
-                )
+            poisons = issubclass(method_class("attack", method), DataPoisoning)
+            _check_group(group, poisons)
             for trigger, target, seed in _grid(group):
                 settings = group.settings | group.triggers.get(trigger or "", {})
                 create("attack", method, settings)
                 source = self._source(group, clean, seed)
+                training = source.pretrain_settings | group.training
+                create("pretrain", source.pretrain, training)
                 task = _merged(source.task, group)
                 _check(task)
                 yield Cell(
                     name="-".join(filter(None, [group.name, trigger, f"t{target}", f"s{seed}"])),
                     attack=method,
-                    poisons_data=issubclass(method_class("attack", method), DataPoisoning),
+                    poisons_data=poisons,
                     pretrain=source.pretrain,
-                    pretrain_settings=source.pretrain_settings,
+                    pretrain_settings=training,
                     settings=settings,
                     trigger=trigger,
                     target=target,
@@ -216,6 +219,20 @@ def _grid(group: AttackGroup) -> Iterator[tuple[str | None, int, int]]:
 def _merged(base: Task, group: Task) -> Task:
     given = {name: getattr(group, name) for name in group.model_fields_set & set(Task.model_fields)}
     return Task.model_validate(base.model_dump() | given)
+
+
+def _check_group(group: AttackGroup, poisons: bool) -> None:
+    given = group.model_fields_set.intersection(_OF_THE_CLEAN)
+    if given:
+        raise SettingError(
+            f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder decides; set it "
+            "there."
+        )
+    if group.training and not poisons:
+        raise SettingError(
+            f"Attack group '{group.name}' sets 'training', but its attack fine-tunes a finished encoder; set "
+            "its length and learning rate under 'settings'."
+        )
 
 
 def _check(task: Task) -> None:
