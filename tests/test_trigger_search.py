@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_found import Found
+from encoderguard.detectors._trigger_stages import search
 from encoderguard.detectors._trigger_verdict import (
     Measures,
     Rule,
@@ -277,9 +279,10 @@ def little() -> ImageSet:
 def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_path: Path) -> None:
     specs = [str(small(seed).save(tmp_path / f"{seed}.safetensors")) for seed in (1, 2)]
     out = tmp_path / "scan"
-    result = scan(
-        small(0), little(), detector="trigger_search", settings={**QUICK, "references": specs}, out=out
-    )
+    result = scan(small(0), little(), settings=QUICK, references=specs, out=out)
+    assert (result.record.detector, result.record.settings["references"]) == ("trigger_search", specs)
+    with pytest.raises(SettingError, match="as such and as a setting; give them once"):
+        scan(small(0), little(), settings={"references": specs}, references=specs)
     assert result.record.evidence == result.detection.evidence
     evidence = result.detection.evidence
     assert evidence["null"] == "references"
@@ -297,6 +300,42 @@ def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_p
     assert "Families of triggers" in page
     assert "Nearest clean image 1" in page
     assert "warp: stamped image 1 above its change" in page
+
+
+def test_searches_of_references_are_kept_where_asked_and_only_for_the_same_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    def counted(*given: Any, name: str, **more: Any) -> Found:
+        searched.append(name)
+        return search(*given, name=name, **more)
+
+    monkeypatch.setattr("encoderguard.detectors.trigger_search.search", counted)
+    specs = tuple(str(small(seed).save(tmp_path / f"{seed}.safetensors")) for seed in (1, 2))
+    plain = TriggerSearch(**QUICK, references=specs)
+    folder = tmp_path / "kept"
+    keeping = replace(plain, remember=str(folder))
+
+    def detected(method: TriggerSearch, run: Run = RUN) -> dict[str, Any]:
+        searched.clear()
+        found = method.detect(small(0), little(), run=run)
+        return {key: value for key, value in found.evidence.items() if key != "seconds"}
+
+    expected = detected(plain)
+    assert searched == ["suspect", *specs]
+    assert detected(keeping) == expected
+    assert searched == ["suspect", *specs]
+    assert detected(keeping) == expected
+    assert searched == ["suspect"]
+    next(iter(folder.iterdir())).write_text("{", encoding="utf-8")
+    assert detected(keeping) == expected  # a broken file is replaced
+    assert len(searched) == 2
+    detected(keeping, replace(RUN, rng=Rng(1)))
+    assert len(searched) == 3
+    detected(replace(keeping, steps=0))
+    assert len(searched) == 3
+    assert len(list(folder.iterdir())) == 6
 
 
 def test_references_must_be_of_the_suspect_s_kind_and_not_the_suspect(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ __all__ = ["RefinePlan", "Refined", "refine"]
 class RefinePlan:
     """How long and how fast to refine."""
 
-    steps: int = 30
+    steps: int = 20
     batch_size: int = 16
     """Images per step, at most all; the same for all starts."""
     learning_rate: float = 0.3
     betas: tuple[float, float] = (0.5, 0.9)
-    rungs: tuple[int, ...] = (8, 16)
+    rungs: tuple[int, ...] = (5, 10)
     """Steps after which the worse half of the running starts is dropped."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from encoderguard.cli.options import Settings, parse_settings
+from encoderguard.cli.options import DetectorName, References, Settings, parse_settings
 from encoderguard.cli.running import guarded, say, watched
 
 __all__ = ["bench", "scan_fleet"]
@@ -128,7 +128,8 @@ def verify(
 def scan_fleet(
     specs: Annotated[Path, typer.Argument(help="Text file: one encoder spec per line.", show_default=False)],
     images: Annotated[str, typer.Option(help="Clean unlabelled images, the same for all.")] = "digits:train",
-    detector: Annotated[str, typer.Option(help="Such as decree; see 'encoderguard list'.")] = "decree",
+    detector: DetectorName = None,
+    references: References = None,
     count: Annotated[int, typer.Option(min=1, help="Images to draw with the seed.")] = 1000,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Bring images to this side in pixels.")
@@ -150,13 +151,15 @@ def scan_fleet(
     def work() -> int:
         from encoderguard.bench import fleet
         from encoderguard.bench.cells import Places
+        from encoderguard.jobs import detector_for, with_references
 
-        listed, settings = fleet.read_specs(specs), parse_settings(setting)
+        listed = fleet.read_specs(specs)
+        settings = with_references(parse_settings(setting), references or [])
         with watched() as (progress, stop):
             found = fleet.scan_fleet(
                 listed,
                 images,
-                detector=detector,
+                detector=detector or detector_for(settings),
                 settings=settings,
                 count=count,
                 seed=seed,

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 import typer
 
 from encoderguard.cli.methods import fine_tuning, poisoning
-from encoderguard.cli.options import Common, Count, Settings, command, parse_settings
+from encoderguard.cli.options import (
+    Common,
+    Count,
+    DetectorName,
+    References,
+    Settings,
+    command,
+    parse_settings,
+)
 from encoderguard.cli.running import run_job
 from encoderguard.results import Record, to_json
 
@@ -177,7 +185,8 @@ def poison(
 def scan(
     encoder: EncoderArgument,
     images: Annotated[str, typer.Option(help=f"Clean unlabelled images: {_SETS}.")] = "digits:train",
-    detector: Annotated[str, typer.Option(help="See 'encoderguard list'.")] = "decree",
+    detector: DetectorName = None,
+    references: References = None,
     count: Count = None,
     setting: Settings = None,
     *,
@@ -186,12 +195,17 @@ def scan(
     """Look for the behaviour of a backdoor in an encoder. Exit code 1: found, 3: inconclusive."""
     from encoderguard import jobs
 
-    settings = parse_settings(setting)
+    settings = jobs.with_references(parse_settings(setting), references or [])
     result = run_job(
-        f"scan-{detector}",
+        f"scan-{detector or jobs.detector_for(settings)}",
         common,
         lambda **options: jobs.scan(
-            encoder, images, detector=detector, settings=settings, count=count, **options
+            encoder,
+            images,
+            detector=detector,
+            settings=settings,
+            count=count,
+            **options,
         ),
     )
     return finish(result.record, common)

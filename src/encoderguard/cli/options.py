@@ -18,6 +18,16 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("-p", "--setting", metavar="NAME=VALUE", help="A setting of the method; may be repeated."),
 ]
+DetectorName = Annotated[
+    str | None,
+    typer.Option(help="See 'encoderguard list'.", show_default="trigger_search with references, else decree"),
+]
+References = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A clean encoder of the same architecture, or a zoo's folder with some; may be repeated."
+    ),
+]
 Count = Annotated[int | None, typer.Option(min=1, help="Images to draw with the seed.")]
 
 

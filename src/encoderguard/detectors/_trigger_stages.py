@@ -11,11 +11,12 @@ from encoderguard.images import ImageSet
 from encoderguard.rays import FAMILIES, LEVELS, Ray, TriggerFamily
 from encoderguard.refinement import RefinePlan, refine
 from encoderguard.run import Run
+from encoderguard.triggers import Trigger
 
 __all__ = ["search"]
 
 _FEW = 32
-"""Images of the first look at the whole bank."""
+"""Images on which candidates are compared; the curves are measured on others."""
 _NEIGHBOUR_STEPS = 8
 """Steps at each further level, from the trigger found at the level before."""
 
@@ -89,7 +90,7 @@ class _Search:
         self.complete = True
 
     def look(self, deadline: float) -> None:
-        """Every candidate on a few images, the families in turn; the best at every level on all images."""
+        """Every candidate on a few images, the families in turn; then the best at every level."""
         queue = [ray for place in range(max(map(len, self.rays.values()))) for ray in self._at(place)]
         readings = self.collapse.measure([_made(ray) for ray in queue], count=_FEW, deadline=deadline)
         self.complete &= len(readings) == len(queue)
@@ -123,9 +124,12 @@ class _Search:
     def _try_levels(self, family: TriggerFamily, rays: Sequence[Ray]) -> None:
         tried = [(level, ray.at(level)) for ray in rays for level in LEVELS[family]]
         for (level, trigger), value in zip(
-            tried, self.collapse.of([trigger for _, trigger in tried]), strict=True
+            tried, self._values([trigger for _, trigger in tried]), strict=True
         ):
             self.results[family].offer(level, value, trigger)
+
+    def _values(self, triggers: Sequence[Trigger]) -> list[float]:
+        return self.collapse.of(triggers, count=_FEW)
 
     def refine(self, deadline: float) -> None:
         """Gradient refinement of the best candidates and of random starts, at one level per family."""
@@ -165,7 +169,7 @@ class _Search:
             run=self.run.child("refine", family, level),
             deadline=time.monotonic() + left,
         )[:2]
-        values = self.collapse.of([found.trigger for found in ended])
+        values = self._values([found.trigger for found in ended])
         for found, value in zip(ended, values, strict=True):
             self.results[family].offer(level, value, found.trigger)
         best = max(range(len(ended)), key=lambda k: values[k])

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, final
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from encoderguard.bank import bank
 from encoderguard.collapse import Collapse
 from encoderguard.detectors._references import load_references
+from encoderguard.detectors._remembered import remembered
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_evidence import evidence_of, furthest
 from encoderguard.detectors._trigger_found import Budget, Found
@@ -69,6 +71,8 @@ class TriggerSearch(Detector):
 
     references: tuple[str, ...] = ()
     """Clean encoders of the suspect's architecture, or a zoo's folder; each is searched as the suspect is."""
+    remember: str | None = None
+    """Folder to keep the references' searches in: the next suspect on the same images costs one search."""
     students: Annotated[int, Field(ge=0)] = 0
     """Without references: students distilled from the suspect on clean images; evidence, no verdict."""
     student_steps: Annotated[int, Field(ge=1)] = 400
@@ -91,7 +95,7 @@ class TriggerSearch(Detector):
     """Candidates per family that are tried at every strength, and refined."""
     starts: Annotated[int, Field(ge=1)] = 6
     """Starts of each refinement; those beyond `keep` are random."""
-    steps: Annotated[int, Field(ge=0)] = 30
+    steps: Annotated[int, Field(ge=0)] = 20
     """Steps of each refinement; 0 searches by forward passes alone."""
     tune_steps: Annotated[int, Field(ge=0)] = 20
     """Contrastive steps of a copy on clean images, to see whether the found triggers survive; 0 skips it."""
@@ -121,7 +125,7 @@ class TriggerSearch(Detector):
         others = references or self._students(encoder, images, run)
         seconds["students"] = 0.0 if references else time.monotonic() - begun
         begun = time.monotonic()
-        nulls = {name: self._search(other, used, name, run) for name, other in others.items()}
+        nulls = {name: self._search_null(other, used, name, run) for name, other in others.items()}
         seconds["null"] = time.monotonic() - begun
         kind: NullKind = "references" if references else "students" if others else "bank"
         judged = self._judge(found, list(nulls.values()), kind)
@@ -163,6 +167,16 @@ class TriggerSearch(Detector):
         budget = Budget(keep=self.keep, starts=self.starts, steps=self.steps, seconds=self.seconds)
         rays = {family: every[family] for family in self.families}
         return search(encoder, used.searched, used.held_out, rays, budget, run=run.child("search"), name=name)
+
+    def _search_null(self, encoder: Encoder, used: "_Images", name: str, run: Run) -> Found:
+        """As ``_search``, without doing one again that was kept; a time budget makes no two alike."""
+        if self.remember is None or not self.references or self.seconds is not None:
+            return self._search(encoder, used, name, run)
+        shared = ("families", "images", "scale", "keep", "starts", "steps")
+        facts = {key: value for key, value in self.settings().items() if key in shared}
+        facts |= {"encoder": encoder.fingerprint, "pictures": used.images.digest}
+        facts |= {"streams": run.rng.integer("remembered"), "bf16": run.low_precision}
+        return remembered(Path(self.remember), facts, lambda: self._search(encoder, used, name, run))
 
     def _judge(self, found: Found, nulls: list[Found], kind: NullKind) -> Judged:
         if kind != "bank":

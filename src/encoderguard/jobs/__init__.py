@@ -1,6 +1,15 @@
 """The jobs that the command line and Python code call; each returns its record and what it made."""
 
-from encoderguard.jobs.defending import PURIFY_IMAGES, SCAN_IMAGES, PurifyResult, ScanResult, purify, scan
+from encoderguard.jobs.defending import (
+    PURIFY_IMAGES,
+    SCAN_IMAGES,
+    PurifyResult,
+    ScanResult,
+    detector_for,
+    purify,
+    scan,
+    with_references,
+)
 from encoderguard.jobs.filtering import FILTER_TOP, FilterResult, filter_images
 from encoderguard.jobs.judging import EvaluateResult, evaluate
 from encoderguard.jobs.options import JobOptions
@@ -20,10 +29,12 @@ __all__ = [
     "PurifyResult",
     "ScanResult",
     "attack",
+    "detector_for",
     "evaluate",
     "filter_images",
     "poison",
     "pretrain",
     "purify",
     "scan",
+    "with_references",
 ]

@@ -1,12 +1,13 @@
 """The jobs of whoever received an encoder: scan it, purify it. Clean unlabelled images are all they take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
 
 from encoderguard.encoder import Encoder
+from encoderguard.errors import SettingError
 from encoderguard.fidelity import label_free_fidelity
 from encoderguard.images import ImageSet
 from encoderguard.jobs.facts import encoder_facts
@@ -44,12 +45,28 @@ class PurifyResult(NamedTuple):
     purified: Purified
 
 
+def detector_for(settings: Mapping[str, Any] | None) -> str:
+    """The detector where none is named: beside clean encoders the trigger search, without them DECREE."""
+    return "trigger_search" if (settings or {}).get("references") else "decree"
+
+
+def with_references(settings: Mapping[str, Any] | None, references: Sequence[str]) -> dict[str, Any]:
+    """The settings with the references among them. Raises SettingError if they have some already."""
+    given = dict(settings or {})
+    if not references:
+        return given
+    if "references" in given:
+        raise SettingError("References were given as such and as a setting; give them once.")
+    return given | {"references": tuple(references)}
+
+
 def scan(
     encoder: Encoder | str,
     images: ImageSet | str,
     *,
-    detector: str | Detector = "decree",
+    detector: str | Detector | None = None,
     settings: Mapping[str, Any] | None = None,
+    references: Sequence[str] = (),
     count: int | None = None,
     **options: Unpack[JobOptions],
 ) -> ScanResult:
@@ -58,8 +75,10 @@ def scan(
     Args:
         encoder: the encoder or its spec.
         images: clean images like those the encoder was trained on, or their spec; labels are not looked at.
-        detector: name of a detector, or the detector itself.
+        detector: name of a detector, or the detector itself; by default see ``detector_for``.
         settings: of the named detector.
+        references: clean encoders of the suspect's architecture, or folders of a zoo, for a named detector
+            that compares with such.
         count: images to draw with the seed; 1,000 unless given.
         options: see JobOptions. ``out`` receives ``recovered-trigger.json``, the record and the report.
 
@@ -69,7 +88,9 @@ def scan(
         Stopped: the user asked to stop.
     """
     with Job(ScanRecord, options) as job:
-        chosen: Detector = job.method("detector", detector, settings)
+        settings = with_references(settings, references)
+        named = detector_for(settings) if detector is None else detector
+        chosen: Detector = job.method("detector", named, settings)
         job.note(detector=chosen.name)
         suspect = job.encoder(encoder)
         used, _ = job.draw(job.images(images), count, SCAN_IMAGES)
