@@ -102,12 +102,32 @@ def detectors(record: dict[str, Any]) -> list[str]:
             "|---|---|---|---|---|---|---|",
             *(_detector(name, told) for name, told in found.items()),
             "",
+            *_attacks(found),
         ]
     note = (
         "Students gave verdicts when this was run; "
         "since one accused a clean encoder they give evidence alone."
     )
     return [*lines, note, "", *misses(record)]
+
+
+def _attacks(found: dict[str, Any]) -> list[str]:
+    """One row per attack: of its encoders, how many are called backdoored, and the area beside clean ones."""
+    names = [name for name in ("trigger_search", "decree", "abs") if name in found]
+    attacks = dict.fromkeys(attack for name in names for attack in found[name]["at_fpr"]["attacks"])
+    lines = [
+        f"| attack | {' | '.join(f'{name}: called backdoored | AUROC [95 %]' for name in names)} |",
+        f"|---|{'---|---|' * len(names)}",
+    ]
+    for attack in attacks:
+        cells = []
+        for name in names:
+            told = found[name]["at_fpr"]["attacks"].get(attack)
+            area = told and told.get("auroc")
+            cells.append(f"{told['called_backdoored']} of {told['encoders']}" if told else "-")
+            cells.append(f"{area['value']:.2f} [{area['low']:.2f}, {area['high']:.2f}]" if area else "-")
+        lines.append(f"| {attack} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _detector(name: str, told: dict[str, Any]) -> str:

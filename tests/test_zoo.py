@@ -435,6 +435,7 @@ def test_verify_says_which_number_is_another(copy: Path, capsys: pytest.CaptureF
         (["build", "{recipe}", "--data", "shapes"], "--data must be given as NAME=PATH"),
         (["list", "--zoo", "{empty}"], "There is no zoo in .*; build one with"),
         (["verify", "other"], "There is no zoo 'other' in .*; there are: mini"),
+        (["list", "{empty}/other"], "There is no zoo in .*/other: it holds no manifest.json; build one"),
         (["show", "nothing"], "The encoder 'nothing' is in no zoo; see 'zoo list'"),
     ],
 )
@@ -450,6 +451,17 @@ def test_misuse_is_one_sentence_and_exit_code_4(
     said = capsys.readouterr().err.strip()
     assert re.match(f"Error: {message}", said), said
     assert "\n" not in said
+
+
+def test_a_zoo_is_listed_by_its_name_or_its_folder(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(finished / "zoo")
+    assert main(["zoo", "list", "mini", "--zoo", root, "--json"]) == 0
+    named = capsys.readouterr().out
+    assert main(["zoo", "list", f"{root}/mini", "--zoo", "elsewhere", "--json"]) == 0
+    assert capsys.readouterr().out == named
+    assert json.loads(named)[0]["zoo"] == "mini"
 
 
 def test_a_dry_run_builds_nothing_and_names_missing_data(

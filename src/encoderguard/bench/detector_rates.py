@@ -189,6 +189,7 @@ def rates(cases: Sequence[Case]) -> dict[str, Any]:
         per_attack[attack] = {
             "encoders": len(own),
             "asr": [case["asr"] for case in own],
+            "auroc": auroc(clean, [case["score"] for case in own]),
             "found": hits,
             "tpr": None if hits is None else hits / len(own),
             "interval": None if hits is None else wilson(hits / len(own), len(own)),

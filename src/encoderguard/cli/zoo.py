@@ -22,7 +22,9 @@ _FIELDS = ("name", "attack", "pretrain", "seed", "acc", "asr", "asr_all", "clean
 _MORE = ("clean_acc", "target", "band", "status", "error")
 
 Root = Annotated[Path, typer.Option("--zoo", help="Folder of the zoos.")]
-Names = Annotated[list[str] | None, typer.Argument(help="Zoos by name; by default all.", show_default=False)]
+Names = Annotated[
+    list[str] | None, typer.Argument(help="Zoos by name or folder; by default all.", show_default=False)
+]
 Data = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="NAME=PATH", help="Where the image set NAME lies; may be repeated."),
@@ -212,19 +214,26 @@ def _pictures(
 
 
 def _zoos(root: Path, names: list[str] | None) -> list[tuple[Path, "Manifest"]]:
+    """Those below the root that are named, or lie in a folder that is given; all, if none is."""
     from encoderguard.errors import SettingError
-    from encoderguard.zoo import find_manifests
+    from encoderguard.zoo import find_manifests, read_manifest
 
+    given = names or []
+    folders = [Path(name) for name in given if "/" in name]
+    wanted = [name for name in given if "/" not in name]
+    chosen = [(folder, read_manifest(folder)) for folder in folders]
+    if folders and not wanted:
+        return chosen
     found = find_manifests(root)
     if not found:
         raise SettingError(f"There is no zoo in {root}; build one with 'encoderguard zoo build tiny'.")
     known = {folder.name for folder, _ in found}
-    unknown = [name for name in names or () if name not in known]
+    unknown = [name for name in wanted if name not in known]
     if unknown:
         raise SettingError(
             f"There is no zoo '{unknown[0]}' in {root}; there are: {', '.join(sorted(known))}."
         )
-    return [pair for pair in found if not names or pair[0].name in names]
+    return chosen + [pair for pair in found if not wanted or pair[0].name in wanted]
 
 
 def _entries(root: Path, names: list[str] | None) -> list[tuple[Path, "Entry"]]:
