@@ -104,11 +104,7 @@ def detectors(record: dict[str, Any]) -> list[str]:
             "",
             *_attacks(found),
         ]
-    note = (
-        "Students gave verdicts when this was run; "
-        "since one accused a clean encoder they give evidence alone."
-    )
-    return [*lines, note, "", *misses(record)]
+    return [*lines, *misses(record)]
 
 
 def _attacks(found: dict[str, Any]) -> list[str]:
