@@ -263,7 +263,7 @@ def test_the_score_of_the_bank_is_monotone_and_never_a_verdict() -> None:
 # Real encoders: references, students, tuning.
 
 SPEC = EncoderSpec(architecture="encoderguard:resnet18", width=2)
-QUICK = {"images": 8, "scale": 0.02, "keep": 1, "starts": 2, "steps": 1, "tune_steps": 1}
+QUICK: dict[str, Any] = {"images": 8, "scale": 0.02, "keep": 1, "starts": 2, "steps": 1, "tune_steps": 1}
 
 
 def small(seed: int) -> Encoder:
@@ -394,7 +394,7 @@ def test_students_and_tuned_copies_are_new_and_seeded() -> None:
 
 def test_students_stand_in_for_references() -> None:
     settings = {**QUICK, "students": 2, "student_steps": 1, "families": ("patch",), "tune_steps": 0}
-    found = TriggerSearch(**settings).detect(small(0), little(), run=RUN)  # type: ignore[arg-type]
+    found = TriggerSearch(**settings).detect(small(0), little(), run=RUN)
     assert found.evidence["null"] == "students"
     assert set(found.evidence["families"]["patch"]["null_statistics"]) == {"student 0", "student 1"}
     assert "2 students of the suspect" in found.evidence["reason"]
