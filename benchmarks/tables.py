@@ -109,7 +109,7 @@ def detectors(record: dict[str, Any]) -> list[str]:
 
 def _attacks(found: dict[str, Any]) -> list[str]:
     """One row per attack: of its encoders, how many are called backdoored, and the area beside clean ones."""
-    names = [name for name in ("trigger_search", "decree", "abs") if name in found]
+    names = [name for name in ("trigger_search", "decree", "abs", "neural_cleanse") if name in found]
     attacks = dict.fromkeys(attack for name in names for attack in found[name]["at_fpr"]["attacks"])
     lines = [
         f"| attack | {' | '.join(f'{name}: called backdoored | AUROC [95 %]' for name in names)} |",
