@@ -13,6 +13,7 @@ from encoderguard.bench.detector_rates import (
     bound_at,
     cross_entropy,
     half,
+    of_one_training,
     references_of,
     summary,
 )
@@ -68,6 +69,14 @@ def test_references_are_clean_and_neither_the_suspect_nor_its_origin() -> None:
     assert references_of(ZOO[0], [*ZOO, wide]) == ["simclr-1", "simclr-2"]
     assert references_of(ZOO[4], [*ZOO, wide]) == ["simclr-0", "simclr-2"]
     assert references_of(wide, [*ZOO, wide]) == []
+
+
+def test_one_training_is_the_most_common_of_method_settings_and_number_of_images() -> None:
+    moco = ZOO[0].model_copy(update={"pretrain": "moco"})
+    longer = ZOO[0].model_copy(update={"pretrain_settings": {"epochs": 20}})
+    fewer = ZOO[0].model_copy(update={"images": {"count": 5}})
+    assert of_one_training([moco, *ZOO[:2], longer, fewer]) == ZOO[:2]
+    assert of_one_training([]) == []
     assert [half(e) for e in ZOO[:3]] == ["tune", "report", "report"]
 
 

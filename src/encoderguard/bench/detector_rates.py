@@ -5,6 +5,9 @@ one it was made from, which whoever received the suspect would hardly have. So a
 backdoored one get equally many, which makes their scores comparable: a p-value beside two references is
 another one than beside ten.
 
+"one training" keeps of these only the ones of the most common training: what happens to a clean suspect that
+was trained otherwise than all who stand beside it.
+
 ``tune`` holds the encoders of every third seed from 0 on, ``report`` the rest. Seed 0 is what was looked at
 while the search was written and its settings were tried; no setting may be chosen by ``report``.
 """
@@ -30,6 +33,7 @@ __all__ = [
     "cases_of",
     "cross_entropy",
     "half",
+    "of_one_training",
     "rates",
     "references_of",
     "summary",
@@ -56,6 +60,16 @@ def references_of(entry: Entry, entries: Iterable[Entry]) -> list[str]:
         and other.name not in (entry.name, entry.clean)
         and {key: other.encoder.get(key) for key in own} == own
     ]
+
+
+def of_one_training(references: Sequence[Entry]) -> list[Entry]:
+    """Those of the most common training: method, settings and number of images."""
+
+    def training(entry: Entry) -> tuple[str, str, object]:
+        return entry.pretrain, repr(sorted(entry.pretrain_settings.items())), entry.images.get("count")
+
+    common = Counter(map(training, references)).most_common(1)
+    return [entry for entry in references if [training(entry)] == [kind for kind, _ in common]]
 
 
 def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, float | None]:
@@ -139,6 +153,11 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
                 score, verdict, p = _searched(row, references, part)
                 told = {"score": score, "verdict": verdict, "p_value": p}
                 cases.append(case | told | {"detector": f"trigger_search, {part} alone"})
+            alike = of_one_training([by_name[reference["encoder"]] for reference in references])
+            same = [known[row["detector"], other.name] for other in alike]
+            score, verdict, p = _searched(row, same)
+            told = {"score": score, "verdict": verdict, "p_value": p, "references": len(same)}
+            cases.append(case | told | {"detector": "trigger_search, one training"})
     return cases
 
 
