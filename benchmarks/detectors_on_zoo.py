@@ -42,6 +42,16 @@ DETECTORS = "trigger_search,decree,neural_cleanse,abs,ssl_cleanse"
 SETTINGS: dict[str, dict[str, Any]] = {"trigger_search": {"tune_steps": 0}}
 """What differs from the defaults: tuning a copy decides nothing and takes time."""
 STUDENTS = "students"
+JUDGING = (
+    "fpr",
+    "margin",
+    "prior_spread",
+    "moved_spread",
+    "trainings",
+    "training_spread",
+    "moved_training_spread",
+)
+"""Settings of the trigger search that change what is made of a search, not the search."""
 
 
 def detector_named(name: str) -> Detector:
@@ -61,7 +71,9 @@ def label_of(detector: Detector) -> str:
 
 def key_of(entry: Entry, detector: Detector, images: ImageSet, seed: int) -> str:
     """What a result depends on."""
-    facts = [entry.fingerprint, detector.name, detector.settings(), images.digest, seed]
+    searching = {name: value for name, value in detector.settings().items() if name not in JUDGING}
+    told = searching if detector.name == "trigger_search" else detector.settings()
+    facts = [entry.fingerprint, detector.name, told, images.digest, seed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

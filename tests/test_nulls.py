@@ -49,6 +49,8 @@ def test_the_prior_is_one_voice_among_the_references() -> None:
     expected = float(t.sf(3 / math.sqrt(1.125 * 1.5), 2))
     assert moderated_p(3.0, [-1.0, 1.0], prior_spread=0.5, prior_df=1) == pytest.approx(expected)
     assert moderated_p(0.0, [-1.0, 1.0], prior_spread=0.5) == pytest.approx(0.5)
+    wide = moderated_p(1.0, [0.0], prior_spread=0.5, between=math.sqrt(1.5))  # 0.5 + 1.5 = 2
+    assert wide == pytest.approx(float(t.sf(math.sqrt(0.5), 4)))
 
 
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=6), st.floats(0.01, 0.4))

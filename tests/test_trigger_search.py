@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import t
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoderguard.detectors._references import load_references
+from encoderguard.detectors._references import load_references, trainings_of
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_found import Found
+from encoderguard.detectors._trigger_images import Images, are_grey
 from encoderguard.detectors._trigger_stages import search
 from encoderguard.detectors._trigger_verdict import (
     Measures,
@@ -26,16 +28,16 @@ from encoderguard.detectors._trigger_verdict import (
     score_of,
     statistics_of,
 )
-from encoderguard.detectors.trigger_search import TriggerSearch, _Images, are_grey
+from encoderguard.detectors.trigger_search import TriggerSearch
 from encoderguard.encoder import Encoder, EncoderSpec
-from encoderguard.errors import EncoderError, ImageError, SettingError
+from encoderguard.errors import EncoderError, ImageError, OutputError, SettingError
 from encoderguard.images import ImageSet
 from encoderguard.jobs import scan
 from encoderguard.methods import Detection
 from encoderguard.nulls import moderated_p
 from encoderguard.random import Rng
 from encoderguard.rays import TriggerFamily
-from encoderguard.run import Run
+from encoderguard.run import Run, Stopped
 from encoderguard.triggers import MaskedPattern, load_trigger
 from encoderguard.zoo.manifest import Entry, Manifest, write_manifest
 
@@ -128,7 +130,7 @@ def test_a_planted_white_patch_is_found_by_forward_passes_alone() -> None:
 
 def test_a_backdoor_that_spreads_its_images_is_found_by_how_far_they_move() -> None:
     search = TriggerSearch(images=16, families=("patch", "warp"), steps=0, tune_steps=0)
-    used = _Images(shadow(), 16, RUN)
+    used = Images(shadow(), 16, RUN)
 
     def searched(weakness: str, seed: int) -> Found:
         return search._search(encoder(weakness, seed), used, "toy", RUN)
@@ -235,6 +237,23 @@ def test_ranks_decide_once_there_are_enough_references() -> None:
     assert judge({"patch": 0.5}, many[:18], "references", RULE).decided_by != "ranks"
 
 
+def test_references_of_one_training_leave_room_for_another() -> None:
+    alone = replace(RULE, training_spread=0.9, moved_training_spread=0.9)
+    assert not RULE.one_training
+    assert judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", RULE).verdict == "backdoored"
+    found = judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", alone)
+    assert found.verdict == "clean"
+    assert "not known to be of several trainings, so a spread between trainings was added" in found.reason
+    scale = math.hypot(math.sqrt((4 * 0.2**2 + 0.005) / 6 * (4 / 3)), 0.9)
+    assert found.p_tests["patch"] == pytest.approx(float(t.sf((1.2 - 0.25) / scale, 6)))
+    moved = {"patch, displacement": 1.0}
+    expected = moderated_p(1.0, [0.0, 0.2], prior_spread=0.2, between=0.9)
+    told = judge(moved, [{"patch, displacement": 0.0}, {"patch, displacement": 0.2}], "references", alone)
+    assert told.p_tests["patch, displacement"] == pytest.approx(expected)
+    many = [{"patch": 0.01 * k} for k in range(19)]
+    assert judge({"patch": 0.5}, many, "references", alone).decided_by != "ranks"
+
+
 def test_the_second_test_is_the_largest_ratio_less_the_median_over_all_candidates() -> None:
     def measures(*patches: float) -> Measures:
         return Measures(curves={"patch": 0.1}, displacements={"patch": patches})
@@ -300,6 +319,83 @@ def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_p
     assert "Families of triggers" in page
     assert "Nearest clean image 1" in page
     assert "warp: stamped image 1 above its change" in page
+
+
+def test_a_scan_that_was_killed_goes_on_after_the_searches_that_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+    power = [True]
+
+    def failing(*given: Any, name: str, **more: Any) -> Found:
+        if len(searched) == 2 and power[0]:
+            raise Stopped
+        searched.append(name)
+        return search(*given, name=name, **more)
+
+    monkeypatch.setattr("encoderguard.detectors.trigger_search.search", failing)
+    specs = [str(small(seed).save(tmp_path / f"{seed}.safetensors")) for seed in (1, 2)]
+    out = tmp_path / "scan"
+    with pytest.raises(Stopped):
+        scan(small(0), little(), settings=QUICK, references=specs, out=out)
+    with pytest.raises(OutputError, match="holds an unfinished run; continue it with --resume"):
+        scan(small(0), little(), settings=QUICK, references=specs, out=out)
+    with pytest.raises(SettingError, match="its steps was 1, now it is 2"):
+        scan(small(0), little(), settings=QUICK | {"steps": 2}, references=specs, out=out, resume=True)
+    next(out.glob("checkpoint-search-*.pt")).write_bytes(b"damaged")  # one of the two: searched again
+    power[0] = False
+    searched.clear()
+    resumed = scan(small(0), little(), settings=QUICK, references=specs, out=out, resume=True)
+    assert len(searched) == 2
+    assert specs[1] in searched
+    assert not list(out.glob("checkpoint*"))
+    finished = scan(small(0), little(), settings=QUICK, references=specs)
+    for result in (resumed, finished):
+        result.record.evidence.pop("seconds")
+    assert resumed.record.evidence == finished.record.evidence
+    assert resumed.detection.triggers == finished.detection.triggers
+
+
+def test_how_many_trainings_the_references_are_of(tmp_path: Path) -> None:
+    def bundle(name: str, **provenance: Any) -> str:
+        return str(small(1).save(tmp_path / f"{name}.safetensors", provenance))
+
+    told = {"method": "simclr", "settings": {"epochs": 1}, "images": {"name": "a", "count": 9, "digest": "x"}}
+    first = bundle("first", **told)
+    again = bundle("again", **told | {"seed": 1, "images": {"name": "a", "count": 9, "digest": "y"}})
+    longer = bundle("longer", **told | {"settings": {"epochs": 2}})
+    fewer = bundle("fewer", **told | {"images": {"name": "a", "count": 8, "digest": "x"}})
+    nothing = bundle("nothing")
+    for specs, expected in (
+        ([], 1),
+        ([first, again], 1),
+        ([first, longer], 2),
+        ([first, longer, fewer, again], 3),
+        ([first, nothing], 1),
+        ([nothing, str(tmp_path / "other.pth")], 1),
+        (["timm:resnet18.a1_in1k", "torchvision:resnet18"], 2),
+        (["timm:resnet18@mine.pth", "timm:resnet18@other.pth"], 1),
+    ):
+        assert trainings_of(specs) == expected
+    cells = [
+        Entry(name=name, status="built", pretrain="moco", seed=0, bundle=f"{name}.safetensors")
+        for name in ("first", "longer")
+    ]
+    write_manifest(Manifest(name="toys", cells=cells), tmp_path)
+    assert trainings_of([first, longer]) == 1  # the zoo knows better than the file
+    assert trainings_of([first, longer, fewer]) == 2
+
+
+def test_a_given_number_of_trainings_counts(tmp_path: Path) -> None:
+    specs = tuple(str(small(seed).save(tmp_path / f"{seed}.safetensors")) for seed in (1, 2))
+    plain = TriggerSearch(**QUICK, references=specs)
+    one, several = (replace(plain, trainings=count).detect(small(0), little(), run=RUN) for count in (1, 2))
+    assert one.p_value is not None
+    assert several.p_value is not None
+    assert one.score < several.score
+    assert "spread between trainings was added" in one.evidence["reason"]
+    assert "spread between trainings" not in several.evidence["reason"]
+    assert plain.detect(small(0), little(), run=RUN).score == one.score
 
 
 def test_searches_of_references_are_kept_where_asked_and_only_for_the_same_question(

@@ -62,19 +62,26 @@ def rank_p(value: float, references: Sequence[float]) -> float:
 
 
 def moderated_p(
-    value: float, references: Sequence[float], *, prior_spread: float, prior_df: float = 4.0
+    value: float,
+    references: Sequence[float],
+    *,
+    prior_spread: float,
+    prior_df: float = 4.0,
+    between: float = 0.0,
 ) -> float:
     """One-sided p-value of a new value beside few normal references, with a moderated t statistic.
 
     The variance of the references is drawn towards ``prior_spread ** 2`` with the weight of ``prior_df``
     degrees of freedom (Smyth 2004, "Linear models and empirical Bayes methods"), because the spread of two or
-    three values says little. ``t = (x - mean) / (s sqrt(1 + 1 / m))`` with ``prior_df + m - 1`` degrees.
+    three values says little. ``t = (x - mean) / (s sqrt(1 + 1 / m))`` with ``prior_df + m - 1`` degrees. To
+    the variance of that difference ``between ** 2`` is added: what all references share and the new value
+    need not share.
 
     Raises:
         SettingError: no references, or a prior that is not positive.
     """
     centre, scale, df = _moderated(references, prior_spread, prior_df)
-    return float(t.sf((value - centre) / scale, df))
+    return float(t.sf((value - centre) / math.hypot(scale, between), df))
 
 
 def moderated_bound(

@@ -6,7 +6,8 @@ backdoored one get equally many, which makes their scores comparable: a p-value 
 another one than beside ten.
 
 "one training" keeps of these only the ones of the most common training: what happens to a clean suspect that
-was trained otherwise than all who stand beside it.
+was trained otherwise than all who stand beside it. There the search adds a spread between trainings to its
+null; "one training, no spread added" is what it would say without.
 
 ``tune`` holds the encoders of every third seed from 0 on, ``report`` the rest. Seed 0 is what was looked at
 while the search was written and its settings were tried; no setting may be chosen by ``report``.
@@ -23,8 +24,9 @@ from sklearn.linear_model import LogisticRegression
 
 from encoderguard import calibration
 from encoderguard.bench.auroc import auroc
-from encoderguard.detectors._trigger_verdict import Measures, Rule, judge, moved, statistics_of
+from encoderguard.detectors._trigger_verdict import Measures, judge, moved, statistics_of
 from encoderguard.detectors.abs import judge_share, wilson
+from encoderguard.detectors.trigger_search import TriggerSearch
 from encoderguard.zoo import Entry
 
 __all__ = [
@@ -37,9 +39,11 @@ __all__ = [
     "rates",
     "references_of",
     "summary",
+    "training_of",
 ]
 
 FPR, WORKING = 0.05, 0.8
+_RULE = ("fpr", "margin", "prior_spread", "moved_spread")
 Row = Mapping[str, Any]
 Case = dict[str, Any]
 
@@ -62,21 +66,27 @@ def references_of(entry: Entry, entries: Iterable[Entry]) -> list[str]:
     ]
 
 
+def training_of(entry: Entry) -> tuple[str, str, object]:
+    """What encoders of one training have in common: method, settings and number of images."""
+    return entry.pretrain, repr(sorted(entry.pretrain_settings.items())), entry.images.get("count")
+
+
 def of_one_training(references: Sequence[Entry]) -> list[Entry]:
-    """Those of the most common training: method, settings and number of images."""
-
-    def training(entry: Entry) -> tuple[str, str, object]:
-        return entry.pretrain, repr(sorted(entry.pretrain_settings.items())), entry.images.get("count")
-
-    common = Counter(map(training, references)).most_common(1)
-    return [entry for entry in references if [training(entry)] == [kind for kind, _ in common]]
+    """Those of the most common training."""
+    common = Counter(map(training_of, references)).most_common(1)
+    return [entry for entry in references if [training_of(entry)] == [kind for kind, _ in common]]
 
 
-def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, float | None]:
-    """Score (large is suspicious), verdict and p-value of one row beside the rows of clean encoders."""
+def beside(
+    row: Row, references: Sequence[Row], *, trainings: int = 2
+) -> tuple[float | None, str, float | None]:
+    """Score (large is suspicious), verdict and p-value of one row beside the rows of clean encoders.
+
+    ``trainings`` is how many trainings those are of; the trigger search alone asks.
+    """
     name, settings = row["detector"], row["settings"]
     if name == "trigger_search":
-        return _searched(row, references)
+        return _searched(row, references, trainings=trainings)
     clean = [r["score"] for r in references]
     if name == "decree":
         verdict = calibration.judge(
@@ -92,7 +102,7 @@ def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, floa
 
 
 def _searched(
-    row: Row, references: Sequence[Row], part: str = "both"
+    row: Row, references: Sequence[Row], part: str = "both", *, trainings: int = 2
 ) -> tuple[float | None, str, float | None]:
     """As ``beside``, by the trigger search's tests of ``collapse``, of ``displacement`` or by ``both``."""
     values, nulls = statistics_of(_measures(row), [_measures(reference) for reference in references])
@@ -102,8 +112,8 @@ def _searched(
         values, *nulls = ({test: told[test] for test in kept} for told in (values, *nulls))
     if not references or not values:
         return None, "inconclusive", None
-    names = ("fpr", "margin", "prior_spread", "moved_spread")
-    found = judge(values, nulls, "references", Rule(**{name: row["settings"][name] for name in names}))
+    rule = TriggerSearch(**{name: row["settings"][name] for name in _RULE}).rule(trainings)
+    found = judge(values, nulls, "references", rule)
     # the score is 1 - p; its logarithm keeps apart what is all but 1
     return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
 
@@ -129,7 +139,8 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
             for name in references_of(entry, entries)
             if (row["detector"], name) in known
         ]
-        score, verdict, p = beside(row, references)
+        kinds = {training_of(by_name[reference["encoder"]]) for reference in references}
+        score, verdict, p = beside(row, references, trainings=len(kinds))
         case = {
             "encoder": entry.name,
             "attack": entry.attack,
@@ -150,14 +161,15 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
             alone = {"score": row["score"], "verdict": row["verdict"], "p_value": None, "references": 0}
             cases.append(case | alone | {"detector": "trigger_search, no references"})
             for part in ("collapse", "displacement"):
-                score, verdict, p = _searched(row, references, part)
+                score, verdict, p = _searched(row, references, part, trainings=len(kinds))
                 told = {"score": score, "verdict": verdict, "p_value": p}
                 cases.append(case | told | {"detector": f"trigger_search, {part} alone"})
             alike = of_one_training([by_name[reference["encoder"]] for reference in references])
             same = [known[row["detector"], other.name] for other in alike]
-            score, verdict, p = _searched(row, same)
-            told = {"score": score, "verdict": verdict, "p_value": p, "references": len(same)}
-            cases.append(case | told | {"detector": "trigger_search, one training"})
+            for trainings, words in ((1, "one training"), (2, "one training, no spread added")):
+                score, verdict, p = _searched(row, same, trainings=trainings)
+                told = {"score": score, "verdict": verdict, "p_value": p, "references": len(same)}
+                cases.append(case | told | {"detector": f"trigger_search, {words}"})
     return cases
 
 

@@ -189,6 +189,7 @@ def scan(
     references: References = None,
     count: Count = None,
     setting: Settings = None,
+    resume: Resume = False,
     *,
     common: Common,
 ) -> int:
@@ -207,6 +208,7 @@ def scan(
             count=count,
             **options,
         ),
+        resume=resume,
     )
     return finish(result.record, common)
 

@@ -1,6 +1,7 @@
-"""Searches of clean references, kept in a folder, so that a second suspect costs one search.
+"""Finished searches, kept in files: for the next suspect, and for a scan that is stopped on its way.
 
-Every encoder is asked the same questions on the same images, whatever the suspect is.
+Every encoder is asked the same questions on the same images, whatever the suspect is, so the searches of
+clean references serve every suspect.
 """
 
 import hashlib
@@ -10,12 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from encoderguard.detectors._trigger_found import FamilyResult, Found
-from encoderguard.storage import write_text
+import torch
 
-__all__ = ["remembered"]
+from encoderguard.detectors._trigger_found import FamilyResult, Found
+from encoderguard.rays import Ray, TriggerFamily
+from encoderguard.run import Run
+from encoderguard.storage import write_atomic, write_text
+from encoderguard.triggers import trigger_from_dict
+
+__all__ = ["continued", "remembered"]
 
 _KEPT = ("bank", "displacements", "curve")
+_ALL = (*_KEPT, "label", "measured", "refined")
 
 
 def remembered(folder: Path, facts: Mapping[str, Any], search: Callable[[], Found]) -> Found:
@@ -58,3 +65,64 @@ def _read(path: Path) -> dict[str, dict[str, list[float]]] | None:
         return {family: {name: list(values[name]) for name in _KEPT} for family, values in known.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def continued(
+    run: Run,
+    facts: Mapping[str, Any],
+    rays: Mapping[TriggerFamily, tuple[Ray, ...]],
+    search: Callable[[], Found],
+) -> Found:
+    """What ``search`` finds, kept beside the run's checkpoint; not searched again if the run resumes.
+
+    Args:
+        run: of this search alone; without a checkpoint nothing is kept.
+        facts: everything that the search depends on.
+        rays: the bank that is searched.
+        search: a search of one encoder.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        StorageError: the disk is full.
+    """
+    path, text = run.checkpoint, json.dumps(facts, sort_keys=True)
+    if path is None:
+        return search()
+    known = _stopped_at(path, text) if run.resume else None
+    if known is not None:
+        return _restored(known, rays)
+    found = search()
+    families = {
+        str(family): {name: getattr(result, name) for name in _ALL}
+        | {"strongest": json.dumps(result.strongest.to_dict())}
+        for family, result in found.families.items()
+    }
+    told = {"seconds": found.seconds, "images_passed": found.images_passed, "complete": found.complete}
+    write_atomic(path, lambda file: torch.save({"facts": text, "families": families, **told}, file))
+    return found
+
+
+def _stopped_at(path: Path, facts: str) -> dict[str, Any] | None:
+    """What was kept there of this very search, if it can be read."""
+    try:
+        known = torch.load(path, weights_only=True)
+    except Exception:  # missing, or garbage, which reaches torch's reader as almost any exception
+        return None
+    return known if isinstance(known, dict) and known.get("facts") == facts else None
+
+
+def _restored(known: Mapping[str, Any], rays: Mapping[TriggerFamily, tuple[Ray, ...]]) -> Found:
+    families = {
+        family: FamilyResult(
+            **{name: known["families"][family][name] for name in _ALL},
+            tried=list(own[: len(known["families"][family]["bank"])]),
+            chosen=trigger_from_dict(json.loads(known["families"][family]["strongest"])),
+        )
+        for family, own in rays.items()
+    }
+    return Found(
+        families=families,
+        seconds=known["seconds"],
+        images_passed=known["images_passed"],
+        complete=known["complete"],
+    )

@@ -46,9 +46,9 @@ def evidence_of(
 
 
 def _refined(found: Found, family: TriggerFamily) -> str:
-    refined = any(ray.label.startswith("refined") for ray in found.families[family].rays)
     levels = ", ".join(f"{level:g}" for level in LEVELS[family])
-    return f"{' and gradient refinement' if refined else ''}, at {levels} ({UNITS[family]})."
+    more = " and gradient refinement" if found.families[family].refined else ""
+    return f"{more}, at {levels} ({UNITS[family]})."
 
 
 def _family(

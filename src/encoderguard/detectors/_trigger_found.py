@@ -52,6 +52,10 @@ class FamilyResult:
     """Collapse on held-out images at each level, or at a weaker one if that gave more."""
     measured: list[float] = field(default_factory=list)
     """The same without the last clause."""
+    refined: bool = False
+    """Whether gradients were tried."""
+    chosen: Trigger | None = None
+    """``strongest`` of a search that was read from a file, which holds no other trigger."""
 
     @property
     def statistic(self) -> float:
@@ -64,6 +68,8 @@ class FamilyResult:
     @property
     def strongest(self) -> Trigger:
         """The trigger of the weakest level that reaches nine tenths of the largest collapse."""
+        if self.chosen is not None:
+            return self.chosen
         level = next(k for k, value in enumerate(self.curve) if value >= 0.9 * self.curve[-1])
         return self.best[sorted(self.best)[level]][1]
 

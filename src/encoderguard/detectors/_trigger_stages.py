@@ -172,6 +172,7 @@ class _Search:
         values = self._values([found.trigger for found in ended])
         for found, value in zip(ended, values, strict=True):
             self.results[family].offer(level, value, found.trigger)
+        self.results[family].refined = True
         best = max(range(len(ended)), key=lambda k: values[k])
         origin = starts[ended[best].start]
         self.results[family].rays.insert(0, ray_of(family, self.shape, origin, ended[best].trigger, level))

@@ -36,10 +36,23 @@ class Rule:
     margin: float
     prior_spread: float
     moved_spread: float
+    training_spread: float = 0.0
+    """Between trainings, of curves; 0 where the clean encoders are of several, which then show it."""
+    moved_training_spread: float = 0.0
+    """The same of displacements."""
 
     def spread_of(self, test: str) -> float:
         """Of clean encoders, expected before any was seen."""
         return self.moved_spread if test.endswith(_MOVED) else self.prior_spread
+
+    def between(self, test: str) -> float:
+        """Of clean encoders of another training than all that are at hand."""
+        return self.moved_training_spread if test.endswith(_MOVED) else self.training_spread
+
+    @property
+    def one_training(self) -> bool:
+        """Whether all clean encoders at hand are of one training."""
+        return self.training_spread > 0 or self.moved_training_spread > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +139,11 @@ def judge(
     value exceeds that of every clean encoder by ``margin``. ``clean``: the combined p-value is at least 4
     times ``fpr``. Otherwise, and with one clean encoder only or with students, ``inconclusive``.
 
-    The p-values are ranks where there are enough clean encoders for ranks to reach ``fpr`` after Holm's
-    correction, else those of the moderated t.
+    The p-values are ranks where there are enough clean encoders, of several trainings, for ranks to reach
+    ``fpr`` after Holm's correction, else those of the moderated t.
     """
     tests = len(values)
-    ranked = resolution(len(nulls)) * tests <= rule.fpr
+    ranked = resolution(len(nulls)) * tests <= rule.fpr and not rule.one_training
     by_test = {name: [null[name] for null in nulls] for name in values}
     p = (
         {name: rank_p(value, by_test[name]) for name, value in values.items()}
@@ -156,6 +169,8 @@ def judge(
         reason += "; students are not clean encoders of their own, so no verdict: give references"
     elif verdict == "inconclusive" and together <= rule.fpr:
         reason += f"; significant, but not {rule.margin:g} above all of them"
+    if kind == "references" and rule.one_training:
+        reason += "; they are not known to be of several trainings, so a spread between trainings was added"
     return Judged(
         verdict=verdict,
         values=dict(values),
@@ -205,6 +220,11 @@ def _moderated(
     values: Mapping[str, float], nulls: Sequence[Mapping[str, float]], rule: Rule
 ) -> dict[str, float]:
     return {
-        name: moderated_p(value, [null[name] for null in nulls], prior_spread=rule.spread_of(name))
+        name: moderated_p(
+            value,
+            [null[name] for null in nulls],
+            prior_spread=rule.spread_of(name),
+            between=rule.between(name),
+        )
         for name, value in values.items()
     }

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, final
 
-import torch
 from pydantic import Field
 
 from encoderguard.bank import bank
 from encoderguard.collapse import Collapse
-from encoderguard.detectors._references import load_references
-from encoderguard.detectors._remembered import remembered
+from encoderguard.detectors._references import load_references, trainings_of
+from encoderguard.detectors._remembered import continued, remembered
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_evidence import evidence_of, furthest
 from encoderguard.detectors._trigger_found import Budget, Found
+from encoderguard.detectors._trigger_images import Images
 from encoderguard.detectors._trigger_stages import search
 from encoderguard.detectors._trigger_verdict import (
     Judged,
@@ -34,7 +34,7 @@ from encoderguard.registry import register
 from encoderguard.run import Run
 from encoderguard.triggers import Trigger
 
-__all__ = ["TriggerSearch", "are_grey"]
+__all__ = ["TriggerSearch"]
 
 _LEAST = 8
 
@@ -85,6 +85,12 @@ class TriggerSearch(Detector):
     """Expected standard deviation of a curve's statistic over clean encoders; counts as four references."""
     moved_spread: Annotated[float, Field(gt=0)] = 0.15
     """The same of how much further than in clean encoders a candidate moves the features (a log ratio)."""
+    trainings: Annotated[int, Field(ge=1)] | None = None
+    """Of how many trainings the references are; by default what their files tell, and 1 if they do not."""
+    training_spread: Annotated[float, Field(ge=0)] = 0.1
+    """Standard deviation between trainings of a curve's statistic; added where the references are of one."""
+    moved_training_spread: Annotated[float, Field(ge=0)] = 0.3
+    """The same of displacements."""
     families: tuple[TriggerFamily, ...] = FAMILIES
     """Families that are searched."""
     images: Annotated[int, Field(ge=_LEAST)] = 64
@@ -118,7 +124,8 @@ class TriggerSearch(Detector):
                 "The trigger search needs at least one family, found none; leave it out for all."
             )
         references = load_references(self.references, encoder)
-        used = _Images(images, self.images, run)
+        rule = self.rule(self.trainings or trainings_of(references))
+        used = Images(images, self.images, run)
         found = self._search(encoder, used, "suspect", run)
         seconds = {f"suspect_{stage}": took for stage, took in found.seconds.items()}
         begun = time.monotonic()
@@ -128,10 +135,10 @@ class TriggerSearch(Detector):
         nulls = {name: self._search_null(other, used, name, run) for name, other in others.items()}
         seconds["null"] = time.monotonic() - begun
         kind: NullKind = "references" if references else "students" if others else "bank"
-        judged = self._judge(found, list(nulls.values()), kind)
+        judged = self._judge(found, list(nulls.values()), kind, rule)
         triggers = {family: _telling(found, list(nulls.values()), judged, family) for family in self.families}
         best = min(self.families, key=lambda f: (_smallest_p(judged, f), -found.families[f].statistic))
-        evidence = evidence_of(found, nulls, judged, kind, rule=self._rule)
+        evidence = evidence_of(found, nulls, judged, kind, rule=rule)
         begun = time.monotonic()
         evidence |= self._natural_or_injected(encoder, others, triggers, used, run)
         evidence |= _nearest(encoder, triggers[best], used, run)
@@ -152,36 +159,51 @@ class TriggerSearch(Detector):
             for k in range(self.students)
         }
 
-    @property
-    def _rule(self) -> Rule:
+    def rule(self, trainings: int) -> Rule:
+        """How sure a verdict has to be beside references of so many trainings."""
+        several = trainings > 1
         return Rule(
             fpr=self.fpr,
             margin=self.margin,
             prior_spread=self.prior_spread,
             moved_spread=self.moved_spread,
+            training_spread=0.0 if several else self.training_spread,
+            moved_training_spread=0.0 if several else self.moved_training_spread,
         )
 
-    def _search(self, encoder: Encoder, used: "_Images", name: str, run: Run) -> Found:
+    def _search(self, encoder: Encoder, used: Images, name: str, run: Run) -> Found:
         """The same seed for every encoder, so that all are asked the same questions."""
         every = bank(used.images.shape, run.rng.child("bank"), scale=self.scale, grey=used.grey)
         budget = Budget(keep=self.keep, starts=self.starts, steps=self.steps, seconds=self.seconds)
         rays = {family: every[family] for family in self.families}
-        return search(encoder, used.searched, used.held_out, rays, budget, run=run.child("search"), name=name)
+        facts = self._facts(encoder, used, run)
+        return continued(
+            run.child("search", facts["encoder"][:16]),
+            facts,
+            rays,
+            lambda: search(
+                encoder, used.searched, used.held_out, rays, budget, run=run.child("search"), name=name
+            ),
+        )
 
-    def _search_null(self, encoder: Encoder, used: "_Images", name: str, run: Run) -> Found:
+    def _search_null(self, encoder: Encoder, used: Images, name: str, run: Run) -> Found:
         """As ``_search``, without doing one again that was kept; a time budget makes no two alike."""
         if self.remember is None or not self.references or self.seconds is not None:
             return self._search(encoder, used, name, run)
+        facts = self._facts(encoder, used, run)
+        return remembered(Path(self.remember), facts, lambda: self._search(encoder, used, name, run))
+
+    def _facts(self, encoder: Encoder, used: Images, run: Run) -> dict[str, Any]:
+        """Everything that a search depends on."""
         shared = ("families", "images", "scale", "keep", "starts", "steps")
         facts = {key: value for key, value in self.settings().items() if key in shared}
         facts |= {"encoder": encoder.fingerprint, "pictures": used.images.digest}
-        facts |= {"streams": run.rng.integer("remembered"), "bf16": run.low_precision}
-        return remembered(Path(self.remember), facts, lambda: self._search(encoder, used, name, run))
+        return facts | {"streams": run.rng.integer("remembered"), "bf16": run.low_precision}
 
-    def _judge(self, found: Found, nulls: list[Found], kind: NullKind) -> Judged:
+    def _judge(self, found: Found, nulls: list[Found], kind: NullKind, rule: Rule) -> Judged:
         if kind != "bank":
             values, others = statistics_of(found.measures, [null.measures for null in nulls])
-            return judge(values, others, kind, self._rule)
+            return judge(values, others, kind, rule)
         curves = dict(found.measures.curves)
         return judge_by_bank(curves, {str(family): result.bank for family, result in found.families.items()})
 
@@ -190,7 +212,7 @@ class TriggerSearch(Detector):
         encoder: Encoder,
         known: dict[str, Encoder],
         triggers: dict[TriggerFamily, Trigger],
-        used: "_Images",
+        used: Images,
         run: Run,
     ) -> dict[str, Any]:
         """What the suspect's triggers do to clean encoders, and to a copy after a little clean training."""
@@ -223,25 +245,7 @@ def _telling(found: Found, nulls: list[Found], judged: Judged, family: TriggerFa
     return ray.at(ray.strength)
 
 
-class _Images:
-    """The clean images, split into those searched with and those measured on."""
-
-    def __init__(self, images: ImageSet, count: int, run: Run) -> None:
-        order = run.rng.permutation(len(images), "trigger search")
-        count = min(count, len(images) // 2)
-        self.images = images
-        self.order = order[count : 2 * count]
-        self.searched, self.held_out = images.subset(order[:count]), images.subset(self.order)
-        self.grey = are_grey(self.searched)
-
-
-def are_grey(images: ImageSet) -> bool:
-    """Whether all channels of all images are the same but for rounding: colours are then left out."""
-    pixels = images.take(torch.arange(len(images))).short()
-    return int((pixels.amax(1) - pixels.amin(1)).max()) <= 2
-
-
-def _nearest(encoder: Encoder, trigger: Trigger, used: _Images, run: Run) -> dict[str, Any]:
+def _nearest(encoder: Encoder, trigger: Trigger, used: Images, run: Run) -> dict[str, Any]:
     """Clean images whose features lie nearest to where the stamped ones collapse to."""
     places, cosines = Collapse(encoder, used.held_out, run=run, exact=True).nearest(trigger, 8)
     return {
