@@ -192,6 +192,10 @@ def test_a_poisoning_attack_may_train_in_its_own_way_and_on_all_images(tmp_path:
     clean, attacked = read_recipe(recipe_file(tmp_path, text)).cells()
     assert attacked.pretrain_settings == clean.pretrain_settings | {"epochs": 7}
     assert (clean.task.count, attacked.task.count) == (9, None)
+    other = read_recipe(recipe_file(tmp_path, text + 'precision = "bf16"\n')).cells()
+    assert [cell.task.precision for cell in other] == ["float32", "bf16"]
+    with pytest.raises(SettingError, match="sets 'precision', which its clean encoder decides"):
+        read_recipe(recipe_file(tmp_path, RECIPE + ATTACK + 'precision = "bf16"\n'))
     with pytest.raises(SettingError, match="Unknown setting 'epoch'"):
         read_recipe(recipe_file(tmp_path, text.replace("{ epochs = 7 }", "{ epoch = 7 }")))
 
@@ -298,6 +302,34 @@ def test_a_damaged_bundle_is_made_again_from_its_job(copy: Path, monkeypatch: py
     monkeypatch.setattr(jobs, "pretrain", None)  # training is not needed
     built(copy, RECIPE + ATTACK + POISON)
     assert bundle.read_bytes() == content
+
+
+def test_a_zoo_without_its_jobs_is_added_to_and_not_built_again(copy: Path, made: list[str]) -> None:
+    before = read_manifest(copy / "zoo" / "mini")
+    shutil.rmtree(copy / "runs")
+    after = built(copy, RECIPE + ATTACK + POISON + ATTACK.replace("targets = [1]", "targets = [2]"))
+    assert made == ["badencoder-t2-s0"]
+    assert after.cells[:3] == before.cells
+    shutil.rmtree(copy / "runs")
+    made.clear()
+    longer = POISON.replace("patch_size = 4", "patch_size = 5")
+    again = built(copy, RECIPE + ATTACK + longer)
+    assert made == [POISONED]
+    assert again.cells[:2] == before.cells[:2]
+
+
+def test_without_its_jobs_a_changed_clean_encoder_takes_its_attacks_along_and_a_repaired_one_does_not(
+    copy: Path, made: list[str]
+) -> None:
+    shutil.rmtree(copy / "runs")
+    bundle = copy / "zoo" / "mini" / f"{CLEAN}.safetensors"
+    bundle.write_bytes(bundle.read_bytes()[:-4] + b"\x00\x3c\x00\x3c")
+    built(copy, RECIPE + ATTACK)
+    assert made == [CLEAN]
+    made.clear()
+    shutil.rmtree(copy / "runs")
+    built(copy, RECIPE.replace("epochs = 2", "epochs = 1") + ATTACK)
+    assert made == [CLEAN, PLANTED]
 
 
 def test_a_failed_cell_is_recorded_and_the_others_go_on(

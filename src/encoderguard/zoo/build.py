@@ -15,6 +15,7 @@ from encoderguard.zoo.entries import failed_entry
 from encoderguard.zoo.estimate import cost, needed_sets
 from encoderguard.zoo.manifest import MANIFEST, Entry, Manifest, read_manifest, write_manifest
 from encoderguard.zoo.recipe import Cell, ZooRecipe
+from encoderguard.zoo.standing import stands
 from encoderguard.zoo.workers import Crew, attempt, one_thread
 
 __all__ = ["build_zoo"]
@@ -117,9 +118,22 @@ class _Builder:
             maker.files.remove()
             return failed_entry(cell, f"Its clean encoder {cell.clean} failed.")
         try:
-            return Maker(self.site, cell).kept()
+            maker = Maker(self.site, cell)
+            return maker.kept() or self._standing(maker)
         except EncoderGuardError:  # something of it cannot be read: make it anew, and report what fails then
             return None
+
+    def _standing(self, maker: Maker) -> Entry | None:
+        """What the zoo holds of a cell whose jobs are not here, if that is what the recipe asks for."""
+        cell = maker.cell
+        entry = self._before.get(cell.name)
+        if entry is None or any(maker.folder.glob("*")):
+            return None
+        if cell.clean is not None:  # the attack must have started from the clean encoder that is here now
+            known = self._before.get(cell.clean)
+            if known is None or self.done[cell.clean].fingerprint != known.fingerprint:
+                return None
+        return entry if stands(maker, entry) else None
 
     def _account(self, cell: Cell, entry: Entry, *, worked: bool) -> None:
         self.done[cell.name] = entry

@@ -77,14 +77,15 @@ class Maker:
         return self.cell.attack is not None and not self.cell.poisons_data
 
     @property
-    def _needs_labels(self) -> bool:
+    def needs_labels(self) -> bool:
+        """Whether the pre-training takes labels."""
         return bool(create("pretrain", self.cell.pretrain, self.cell.pretrain_settings).needs_labels)
 
     def _poisoning(self) -> Step:
         cell = self.cell
         method = create("attack", str(cell.attack), cell.settings)
         same = self._same("poison", method.name, method.settings())
-        same |= {"target": cell.target, "images": self._digest(labels=True)}
+        same |= {"target": cell.target, "images": self.digest(labels=True)}
         return Step(self.folder / "poison", same, create("attack", method.name).settings())
 
     def _poison(self, options: JobOptions) -> Record:
@@ -100,23 +101,21 @@ class Maker:
         if self._fine_tunes:
             method = create("attack", str(cell.attack), cell.settings)
             same = self._same("attack", method.name, method.settings())
-            same |= {"target": cell.target, "encoder": self._clean_fingerprint, "images": self._digest()}
-            same |= {"downstream": self._whole(task.downstream_train), "references": cell.references}
+            same |= {"target": cell.target, "encoder": self._clean_fingerprint, "images": self.digest()}
+            same |= {"downstream": self.whole(task.downstream_train), "references": cell.references}
             return Step(self.folder / "encoder", same, create("attack", method.name).settings())
         method = create("pretrain", cell.pretrain, cell.pretrain_settings)
         same = self._same("pretrain", method.name, method.settings())
         spec = spec_for(task.architecture, width=task.width, stem=task.stem, normalisation=task.normalisation)
         same["encoder"] = Encoder.build(spec, Rng(cell.seed).child("encoder")).fingerprint
-        labels = self._needs_labels
-        same["images"] = (
-            self._digest_of_poisoned(labels) if cell.poisons_data else self._digest(labels=labels)
-        )
+        labels = self.needs_labels
+        same["images"] = self._digest_of_poisoned(labels) if cell.poisons_data else self.digest(labels=labels)
         return Step(self.folder / "encoder", same, create("pretrain", method.name).settings())
 
     def _pretrain(self, options: JobOptions) -> Record:
         cell, task = self.cell, self.cell.task
         clean = not cell.poisons_data
-        labels, poisoned = self._needs_labels, str(self.folder / "poison" / POISONED)
+        labels, poisoned = self.needs_labels, str(self.folder / "poison" / POISONED)
         images = self._images(task.images, labels=labels) if clean else poisoned
         return jobs.pretrain(
             images,
@@ -149,8 +148,8 @@ class Maker:
         same = self._same("evaluate", probe.name, probe.settings())
         same |= {"encoder": Encoder.load(self.files.bundle).fingerprint, "target": cell.target}
         same |= {
-            "images": self._whole(task.downstream_train),
-            "test_images": self._whole(task.downstream_test),
+            "images": self.whole(task.downstream_train),
+            "test_images": self.whole(task.downstream_test),
         }
         same["seeds"] = task.probe_seeds if probe.stochastic else 1
         if cell.attack is not None:
@@ -194,7 +193,8 @@ class Maker:
     def _images(self, spec: str, *, labels: bool = False) -> Any:
         return self.site.pictures.load(spec, self.cell.task.image_size, labels=labels)
 
-    def _digest(self, *, labels: bool = False) -> str:
+    def digest(self, *, labels: bool = False) -> str:
+        """Of the images that the cell draws."""
         task = self.cell.task
         return self.site.pictures.digest(
             task.images, task.image_size, task.count, self.cell.seed, labels=labels
@@ -204,7 +204,8 @@ class Maker:
         size, path = self.cell.task.image_size, self.folder / "poison" / POISONED
         return self.site.pictures.digest(str(path), size, None, 0, labels=labels)
 
-    def _whole(self, spec: str) -> str:
+    def whole(self, spec: str) -> str:
+        """Of a labelled set."""
         return self.site.pictures.digest(spec, self.cell.task.image_size, None, 0, labels=True)
 
     # --- files in the zoo -------------------------------------------------------------------------

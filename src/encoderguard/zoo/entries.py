@@ -14,7 +14,7 @@ from encoderguard.triggers import load_trigger
 from encoderguard.zoo.manifest import Entry, band, sha256_of
 from encoderguard.zoo.recipe import Cell
 
-__all__ = ["Files", "entry_of", "failed_entry"]
+__all__ = ["Files", "entry_of", "failed_entry", "identity_of"]
 
 _MEASURES = ("acc", "asr", "asr_all", "clean_acc", "clean_asr", "clean_asr_all", "target_name")
 _RUN = ("created", "device", "device_name", "threads", "cpu", "platform", "commit", "dirty", "versions")
@@ -61,7 +61,7 @@ def entry_of(cell: Cell, trained: Record, judged: Record, files: Files) -> Entry
         mode="json", include={"architecture", "width", "stem", "input_size", "mean", "std"}
     )
     return Entry(
-        **_identity(cell),
+        **identity_of(cell),
         **_settings(cell),
         status="built",
         trigger=_trigger(cell, files),
@@ -88,10 +88,11 @@ def entry_of(cell: Cell, trained: Record, judged: Record, files: Files) -> Entry
 def failed_entry(cell: Cell, error: str) -> Entry:
     """The manifest's entry of a cell that could not be made; settings as the recipe gives them."""
     given = {"settings": cell.settings, "pretrain_settings": cell.pretrain_settings}
-    return Entry(**_identity(cell) | given, status="failed", error=error)
+    return Entry(**identity_of(cell) | given, status="failed", error=error)
 
 
-def _identity(cell: Cell) -> dict[str, Any]:
+def identity_of(cell: Cell) -> dict[str, Any]:
+    """What the recipe calls the cell."""
     return cell.model_dump(
         mode="json", include={"name", "attack", "target", "references", "clean", "pretrain", "seed"}
     )

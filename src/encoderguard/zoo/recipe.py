@@ -223,6 +223,8 @@ def _merged(base: Task, group: Task) -> Task:
 
 def _check_group(group: AttackGroup, poisons: bool) -> None:
     given = group.model_fields_set.intersection(_OF_THE_CLEAN)
+    if poisons:  # trains anew, so it may do so at another precision
+        given = given - {"precision"}
     if given:
         raise SettingError(
             f"Attack group '{group.name}' sets '{sorted(given)[0]}', which its clean encoder decides; set it "
