@@ -99,6 +99,7 @@ def measured(entry: Entry, folder: Path, detector: Detector, images: ImageSet, s
         "images": {"name": images.name, "count": len(images), "digest": images.digest},
         "seed": seed,
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     encoder = load_encoder(str(folder / cast(str, entry.bundle)))
     wall, cpu = time.monotonic(), time.process_time()
