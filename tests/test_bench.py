@@ -22,7 +22,7 @@ from encoderguard.bench.outcome import collect, write_result
 from encoderguard.bench.page import tables_of, verify, verify_all, write_pages
 from encoderguard.bench.plan import Cell, Plan
 from encoderguard.bench.planner import make_plan
-from encoderguard.bench.run import run_bench
+from encoderguard.bench.run import plans, run_bench
 from encoderguard.bench.store import Store
 from encoderguard.bench.suite import Choice, Size, Suite, load_suite, size_named, suite_names
 from encoderguard.bench.tables import _auroc, compared, sheets, spread
@@ -189,6 +189,14 @@ def test_what_a_zoo_does_not_hold_is_named(tmp_path: Path) -> None:
     size = TINY.model_copy(update={"zoo": str(_zoo(tmp_path / "zoo"))})
     wanted = SUITE.model_copy(update={"attacks": (Choice(name="drupe"),)})
     assert plan(wanted, size).missing == ("drupe on simclr: not run, the zoo z has none",)
+    named = size.model_copy(update={"victims": ("badencoder-t7-s1",)})
+    assert plan(size=named).rows == plan(size=size).rows
+    other = size.model_copy(update={"victims": ("simclr-s1",)})
+    assert plan(size=other).missing == ("badencoder on simclr: not run, the zoo z has none",)
+    with pytest.raises(UsageError, match=r"has no encoder 'none'; see 'encoderguard zoo list"):
+        plan(size=size.model_copy(update={"victims": ("none",)}))
+    with pytest.raises(UsageError, match="no zoo that holds them; give its folder with --zoo"):
+        plans(["mimic-table1"], "tiny", Places(), victims=["badencoder-t7-s1"])
     with pytest.raises(UsageError, match="There is no zoo in"):
         plan(size=TINY.model_copy(update={"zoo": str(tmp_path)}))
 

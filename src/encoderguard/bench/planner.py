@@ -58,7 +58,7 @@ class _Planner:
         return Plan(suite=self.suite, size=name, rows=tuple(self.rows), missing=tuple(self.missing))
 
     def _of_zoo(self, folder: Path, tasks: tuple[Task, ...]) -> None:
-        for victim in victims_in(folder, self.suite, tasks, self.missing.append):
+        for victim in victims_in(folder, self.suite, tasks, self.missing.append, only=self.size.victims):
             self._rows(victim.seed, victim.facts, victim.clean, victim.suspect, victim.task)
 
     def _possible(self, suite: Suite) -> Suite:

@@ -49,13 +49,21 @@ def backend(
     return make
 
 
-def plans(suites: Sequence[str], size: str, places: Places, *, zoo: Path | None = None) -> list[Plan]:
+def plans(
+    suites: Sequence[str],
+    size: str,
+    places: Places,
+    *,
+    zoo: Path | None = None,
+    victims: Sequence[str] = (),
+) -> list[Plan]:
     """The plans of the named suites; ``all`` is every suite that comes with the package.
 
-    With ``zoo`` the encoders of that folder are taken, and nothing is trained or attacked.
+    With ``zoo`` the encoders of that folder are taken, of them those named in ``victims`` if there are any,
+    and nothing is trained or attacked.
 
     Raises:
-        SettingError: an unknown suite, size, method, setting or task.
+        SettingError: an unknown suite, size, method, setting, task or victim; victims without a zoo.
         ImageError: the pre-training images cannot be had.
     """
     names = suite_names() if list(suites) == ["all"] else list(suites)
@@ -67,8 +75,10 @@ def plans(suites: Sequence[str], size: str, places: Places, *, zoo: Path | None 
         return digests[spec]
 
     chosen, base = size_named(size), Path(size).stem
+    if victims and zoo is None:
+        raise SettingError("Encoders are named, but no zoo that holds them; give its folder with --zoo.")
     if zoo is not None:
-        chosen = chosen.model_copy(update={"zoo": str(zoo)})
+        chosen = chosen.model_copy(update={"zoo": str(zoo), "victims": tuple(victims)})
     as_size: Any = base if base in SizeName.__args__ else "small"  # type: ignore[attr-defined]
     return [make_plan(load_suite(name).sized(as_size), chosen, base, digest=digest) for name in names]
 
@@ -81,6 +91,7 @@ def run_bench(
     store: Path | None = None,
     places: Places | None = None,
     zoo: Path | None = None,
+    victims: Sequence[str] = (),
     engine: EngineName = "local",
     workers: int | None = None,
     accelerators: float | None = None,
@@ -96,6 +107,7 @@ def run_bench(
         store: folder of the finished cells, shared by all suites; ``OUT/store`` by default.
         places: where data are, which device.
         zoo: folder of a zoo whose encoders are taken instead of training and attacking anew.
+        victims: names of the zoo's attacked encoders to take; all that fit by default.
         engine: worker processes here, or Ray.
         workers: cells at the same time; all cores, or what the Ray cluster has room for, by default.
         accelerators: share of one for each cell, with Ray; a whole one by default where there are any.
@@ -114,7 +126,7 @@ def run_bench(
         raise SettingError(f"Name a suite, or all; known are {', '.join(suite_names())}.")
     where, kept = places or Places(), Store(store or out / "store")
     make = backend(engine, kept, where, workers=workers, accelerators=accelerators)
-    planned = plans(suites, size, where, zoo=zoo)
+    planned = plans(suites, size, where, zoo=zoo, victims=victims)
     cells = list(dict.fromkeys(cell for plan in planned for cell in plan.cells()))
 
     outcome = run_cells(cells, kept, make, progress=progress, stop=stop or StopSignal())

@@ -56,6 +56,8 @@ class Size(_Model):
     """Settings by method, as ``family.name``; a suite's own override them."""
     zoo: str | None = None
     """Folder of a zoo whose encoders are taken instead of training and attacking anew."""
+    victims: tuple[str, ...] = ()
+    """Names of the zoo's attacked encoders that are taken; all that fit by default."""
 
 
 class Choice(_Model):

@@ -7,6 +7,7 @@ from typing import Any
 
 from encoderguard.bench.plan import NONE, Cell
 from encoderguard.bench.suite import Choice, Suite, Task
+from encoderguard.errors import SettingError
 from encoderguard.zoo import Entry, Manifest, read_manifest
 
 __all__ = ["Victim", "victims_in"]
@@ -26,7 +27,12 @@ class Victim:
 
 
 def victims_in(
-    folder: Path, suite: Suite, tasks: tuple[Task, ...], missing: Callable[[str], object]
+    folder: Path,
+    suite: Suite,
+    tasks: tuple[Task, ...],
+    missing: Callable[[str], object],
+    *,
+    only: tuple[str, ...] = (),
 ) -> Iterator[Victim]:
     """The encoders of a zoo that a suite asks for.
 
@@ -35,14 +41,20 @@ def victims_in(
         suite: its pre-training methods and attacks are looked for; an attack's settings must be the zoo's.
         tasks: the size's; an encoder whose downstream set is none of them is left out.
         missing: told in words what the zoo does not have.
+        only: names of the encoders to take; all that fit by default.
 
     Raises:
-        UsageError: the folder holds no zoo.
+        UsageError: the folder holds no zoo, or the zoo no encoder of a name.
     """
     manifest = read_manifest(folder)
+    for name in only:
+        if manifest.entry(name) is None:
+            raise SettingError(
+                f"The zoo {folder} has no encoder '{name}'; see 'encoderguard zoo list {folder}'."
+            )
     for pretrain in suite.pretrains:
         for attack in suite.attacks:
-            found = [e for e in manifest.cells if _fits(e, pretrain, attack)]
+            found = [e for e in manifest.cells if _fits(e, pretrain, attack) and (not only or e.name in only)]
             if not found:
                 missing(f"{attack.title} on {pretrain}: not run, the zoo {manifest.name} has none")
             for entry in found:

@@ -35,6 +35,10 @@ def run(
     zoo: Annotated[
         Path | None, typer.Option(help="Take the encoders of this zoo, instead of training and attacking.")
     ] = None,
+    victim: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the zoo take this attacked encoder; may be repeated.", show_default="all"),
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Where torchvision keeps its data sets.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Download what is missing.")] = False,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Worker processes here, or Ray.")] = "local",
@@ -58,7 +62,7 @@ def run(
             device=device,
         )
         if dry_run:
-            for plan in plans(suites, size, places, zoo=zoo):
+            for plan in plans(suites, size, places, zoo=zoo, victims=victim or ()):
                 print(f"{plan.suite.name}: {len(plan.cells())} cells, {len(plan.rows)} rows")
                 for line in plan.missing:
                     print(f"  {line}")
@@ -71,6 +75,7 @@ def run(
                 store=store,
                 places=places,
                 zoo=zoo,
+                victims=victim or (),
                 engine=engine,
                 workers=workers,
                 accelerators=accelerators,
