@@ -164,6 +164,26 @@ def misses(record: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def other_methods(record: dict[str, Any]) -> list[str]:
+    """Clean encoders beside references of other methods."""
+    lines = [
+        f"`{record['command']}`",
+        "",
+        "| clean encoder | detector | beside | verdict | p | unlike its references |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        count = row.get("null_size") or 0
+        alike = "of one training" if len(row["references"]) > 1 else "of several"
+        p = "-" if row["p_value"] is None else f"{row['p_value']:.2g}"
+        unlike = f"{row['unlike']:.1f}" if "unlike" in row else "-"
+        beside = f"{count} clean encoders {alike}" if count else "-"
+        lines.append(
+            f"| {row['encoder']} | {row['detector']} | {beside} | {row['verdict']} | {p} | {unlike} |"
+        )
+    return lines
+
+
 def main() -> None:
     """Print the page."""
     lines = ["# Results", "", "Made by `python benchmarks/tables.py` from the records in `results/`.", ""]
@@ -185,6 +205,9 @@ def main() -> None:
         record = load(f"detectors_{name}")
         if record:
             lines += ["", f"## Detectors on {title}", "", *detectors(record)]
+    others = load("other_methods")
+    if others:
+        lines += ["", "## Clean encoders of other methods than their references", "", *other_methods(others)]
     print("\n".join(lines))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from encoderguard.detectors._trigger_verdict import (
     judge_by_bank,
     score_of,
     statistics_of,
+    unlikeness,
 )
 from encoderguard.detectors.trigger_search import TriggerSearch
 from encoderguard.encoder import Encoder, EncoderSpec
@@ -238,7 +240,7 @@ def test_ranks_decide_once_there_are_enough_references() -> None:
 
 
 def test_references_of_one_training_leave_room_for_another() -> None:
-    alone = replace(RULE, training_spread=0.9, moved_training_spread=0.9)
+    alone = replace(RULE, training_spread=0.9, moved_training_spread=0.9, one_training=True)
     assert not RULE.one_training
     assert judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", RULE).verdict == "backdoored"
     found = judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", alone)
@@ -252,6 +254,37 @@ def test_references_of_one_training_leave_room_for_another() -> None:
     assert told.p_tests["patch, displacement"] == pytest.approx(expected)
     many = [{"patch": 0.01 * k} for k in range(19)]
     assert judge({"patch": 0.5}, many, "references", alone).decided_by != "ranks"
+
+
+def test_a_suspect_of_another_kind_is_not_called_clean_and_hardly_backdoored() -> None:
+    other = replace(RULE, training_spread=0.3, moved_training_spread=0.3, unlike=3.0)
+    assert replace(other, unlike=1.9).between("patch") == 0
+    assert other.between("patch") == pytest.approx(0.9)
+    for value, verdict in ((0.3, "inconclusive"), (1.2, "inconclusive"), (20.0, "backdoored")):
+        found = judge({"patch": value, "blend": 0.8}, CLEAN, "references", other)
+        assert found.verdict == verdict
+        assert "another kind of encoder than the references" in found.reason
+        assert "3.0 times as unevenly" in found.reason
+        assert "give references that were trained as it was" in found.reason
+    assert judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", RULE).verdict == "backdoored"
+
+
+def test_unlikeness_is_the_range_of_the_middle_half_beside_that_of_the_references() -> None:
+    def measures(*logs: float) -> Measures:
+        return Measures(curves={}, displacements={"patch": [math.exp(x) - 0.03 for x in logs]})
+
+    # the offset of .03 is taken off, so that the logarithms are those given
+    even, tilted = measures(2, 2, 2, 2, 2), measures(1, 1.5, 2, 2.5, 3)
+    ratio = unlikeness(measures(-3, 0, 2, 4, 7), [even, tilted])
+    halves = [x - y for x, y in zip((-3, 0, 2, 4, 7), (1.5, 1.75, 2, 2.25, 2.5), strict=True)]
+    low, _, high = quantiles(halves, n=4)
+    near, _, far = quantiles([1, 1.5, 2, 2.5, 3], n=4)
+    assert ratio == pytest.approx((high - low) / (far - near))
+    one_trigger = unlikeness(measures(2, 2, 2, 2, 9), [even, tilted])
+    assert one_trigger < 2.5 < ratio
+    assert unlikeness(even, [tilted]) == 1.0
+    assert unlikeness(even, [tilted, measures(1, 2)]) == 1.0
+    assert unlikeness(even, [even, even]) == 1.0
 
 
 def test_the_second_test_is_the_largest_ratio_less_the_median_over_all_candidates() -> None:

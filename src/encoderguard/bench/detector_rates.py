@@ -16,6 +16,7 @@ while the search was written and its settings were tried; no setting may be chos
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -24,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 
 from encoderguard import calibration
 from encoderguard.bench.auroc import auroc
-from encoderguard.detectors._trigger_verdict import Measures, judge, moved, statistics_of
+from encoderguard.detectors._trigger_verdict import Measures, judge, moved, statistics_of, unlikeness
 from encoderguard.detectors.abs import judge_share, wilson
 from encoderguard.detectors.trigger_search import TriggerSearch
 from encoderguard.zoo import Entry
@@ -102,10 +103,14 @@ def beside(
 
 
 def _searched(
-    row: Row, references: Sequence[Row], part: str = "both", *, trainings: int = 2
+    row: Row, references: Sequence[Row], part: str = "both", *, trainings: int = 2, careful: bool = True
 ) -> tuple[float | None, str, float | None]:
-    """As ``beside``, by the trigger search's tests of ``collapse``, of ``displacement`` or by ``both``."""
-    values, nulls = statistics_of(_measures(row), [_measures(reference) for reference in references])
+    """As ``beside``, by the trigger search's tests of ``collapse``, of ``displacement`` or by ``both``.
+
+    ``careful`` allows for a suspect that is of another kind than the references.
+    """
+    own, others = _measures(row), [_measures(reference) for reference in references]
+    values, nulls = statistics_of(own, others)
     if part != "both":
         second = {moved(family) for family in row["families"]}
         kept = [test for test in values if (test in second) == (part == "displacement")]
@@ -113,7 +118,8 @@ def _searched(
     if not references or not values:
         return None, "inconclusive", None
     rule = TriggerSearch(**{name: row["settings"][name] for name in _RULE}).rule(trainings)
-    found = judge(values, nulls, "references", rule)
+    unlike = unlikeness(own, others) if careful else 1.0
+    found = judge(values, nulls, "references", replace(rule, unlike=unlike))
     # the score is 1 - p; its logarithm keeps apart what is all but 1
     return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
 
@@ -167,7 +173,7 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
             alike = of_one_training([by_name[reference["encoder"]] for reference in references])
             same = [known[row["detector"], other.name] for other in alike]
             for trainings, words in ((1, "one training"), (2, "one training, no spread added")):
-                score, verdict, p = _searched(row, same, trainings=trainings)
+                score, verdict, p = _searched(row, same, trainings=trainings, careful=trainings == 1)
                 told = {"score": score, "verdict": verdict, "p_value": p, "references": len(same)}
                 cases.append(case | told | {"detector": f"trigger_search, {words}"})
     return cases

@@ -1,6 +1,7 @@
 """What a reader needs to judge a trigger search, as JSON values."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
@@ -33,6 +34,7 @@ def evidence_of(
         "rank_resolution": resolution(len(nulls)),
         "decided_by": judged.decided_by,
         "fpr": rule.fpr,
+        "unlike": round(rule.unlike, 3),
         "complete": found.complete and all(null.complete for null in nulls.values()),
         "families": {family: _family(family, found, nulls, judged) for family in found.families},
         "standing_out": _standing_out(found, nulls),
@@ -132,7 +134,7 @@ def _left_out(nulls: Mapping[str, Found], rule: Rule) -> list[dict[str, Any]]:
     told = []
     for name, own in measures.items():
         others = [value for other, value in measures.items() if other != name]
-        told.append({"name": name, "score": score_of(*statistics_of(own, others), rule)})
+        told.append({"name": name, "score": score_of(*statistics_of(own, others), replace(rule, unlike=1.0))})
     return told
 
 

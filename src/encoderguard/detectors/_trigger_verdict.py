@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Literal
 
 from encoderguard.methods import Verdict
@@ -18,12 +18,15 @@ __all__ = [
     "moved",
     "score_of",
     "statistics_of",
+    "unlikeness",
 ]
 
 NullKind = Literal["references", "students", "bank"]
 _CLEAR = 4
 """From this many times the false-positive rate on, a p-value counts as clean; between, as inconclusive."""
 _MOVED = ", displacement"
+_UNLIKE = 2.0
+"""From here on a suspect counts as another kind of encoder than the clean ones."""
 _FEWEST = 2
 """Clean encoders below which their spread is an assumption, and no verdict rests on it."""
 
@@ -37,22 +40,27 @@ class Rule:
     prior_spread: float
     moved_spread: float
     training_spread: float = 0.0
-    """Between trainings, of curves; 0 where the clean encoders are of several, which then show it."""
+    """Between trainings, of curves."""
     moved_training_spread: float = 0.0
     """The same of displacements."""
+    one_training: bool = False
+    """Whether the clean encoders are not known to be of several, which would show that spread."""
+    unlike: float = 1.0
+    """See ``unlikeness``."""
 
     def spread_of(self, test: str) -> float:
         """Of clean encoders, expected before any was seen."""
         return self.moved_spread if test.endswith(_MOVED) else self.prior_spread
 
-    def between(self, test: str) -> float:
-        """Of clean encoders of another training than all that are at hand."""
-        return self.moved_training_spread if test.endswith(_MOVED) else self.training_spread
-
     @property
-    def one_training(self) -> bool:
-        """Whether all clean encoders at hand are of one training."""
-        return self.training_spread > 0 or self.moved_training_spread > 0
+    def another_kind(self) -> bool:
+        """Whether the suspect differs from the clean encoders where no backdoor would show."""
+        return self.unlike >= _UNLIKE
+
+    def between(self, test: str) -> float:
+        """Spread between trainings that is added to that of the clean encoders."""
+        spread = self.moved_training_spread if test.endswith(_MOVED) else self.training_spread
+        return spread * (self.unlike if self.another_kind else float(self.one_training))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,34 @@ def statistics_of(
     return values, others
 
 
+def unlikeness(found: Measures, nulls: Sequence[Measures]) -> float:
+    """How much less alike the suspect is to the clean encoders than they are to one another.
+
+    The interquartile range of ``log_ratios`` of displacement over all candidates, divided by the mean of the
+    same of each clean encoder beside the others. A backdoor moves images under few candidates and leaves the
+    quartiles alone; another pre-training moves them. 1 where it cannot be told: fewer than two clean
+    encoders, or banks that are not whole.
+    """
+    banks = [null.displacements for null in nulls]
+    if len(nulls) < _FEWEST or any(_lengths(bank) != _lengths(found.displacements) for bank in banks):
+        return 1.0
+    own = [_quartiles(bank, banks[:place] + banks[place + 1 :]) for place, bank in enumerate(banks)]
+    scale = sum(own) / len(own)
+    return _quartiles(found.displacements, banks) / scale if scale > 0 else 1.0
+
+
+def _quartiles(own: Mapping[str, Sequence[float]], others: Sequence[Mapping[str, Sequence[float]]]) -> float:
+    ratios = [
+        ratio
+        for family, values in own.items()
+        for ratio in log_ratios(values, [other[family] for other in others])
+    ]
+    if len(ratios) < 2:
+        return 0.0
+    low, _, high = quantiles(ratios, n=4)
+    return high - low
+
+
 def _lengths(bank: Mapping[str, Sequence[float]]) -> dict[str, int]:
     return {family: len(values) for family, values in bank.items()}
 
@@ -137,13 +173,15 @@ def judge(
 
     ``backdoored``: the Holm-combined p-value is at most ``fpr`` and, in a test that is significant, the
     value exceeds that of every clean encoder by ``margin``. ``clean``: the combined p-value is at least 4
-    times ``fpr``. Otherwise, and with one clean encoder only or with students, ``inconclusive``.
+    times ``fpr``. Otherwise, and with one clean encoder only or with students, ``inconclusive``; a suspect
+    that is of another kind than the clean encoders is never ``clean``.
 
     The p-values are ranks where there are enough clean encoders, of several trainings, for ranks to reach
     ``fpr`` after Holm's correction, else those of the moderated t.
     """
     tests = len(values)
-    ranked = resolution(len(nulls)) * tests <= rule.fpr and not rule.one_training
+    exchangeable = not rule.one_training and not rule.another_kind
+    ranked = resolution(len(nulls)) * tests <= rule.fpr and exchangeable
     by_test = {name: [null[name] for null in nulls] for name in values}
     p = (
         {name: rank_p(value, by_test[name]) for name, value in values.items()}
@@ -155,7 +193,8 @@ def judge(
     strong = [name for name in values if adjusted[name] <= rule.fpr and excess[name] >= rule.margin]
     verdict: Verdict = "inconclusive"
     if len(nulls) >= _FEWEST and kind == "references":
-        verdict = "backdoored" if strong else "clean" if together >= _CLEAR * rule.fpr else "inconclusive"
+        within = together >= _CLEAR * rule.fpr and not rule.another_kind
+        verdict = "backdoored" if strong else "clean" if within else "inconclusive"
     first = min(p, key=lambda name: (p[name], -excess[name]))
     who = f"{len(nulls)} clean {kind}" if kind == "references" else f"{len(nulls)} {kind} of the suspect"
     how = "ranks" if ranked else "moderated t and margin"
@@ -169,7 +208,13 @@ def judge(
         reason += "; students are not clean encoders of their own, so no verdict: give references"
     elif verdict == "inconclusive" and together <= rule.fpr:
         reason += f"; significant, but not {rule.margin:g} above all of them"
-    if kind == "references" and rule.one_training:
+    if kind == "references" and rule.another_kind:
+        reason += (
+            f"; the suspect is another kind of encoder than the references (ordinary candidates move it "
+            f"{rule.unlike:.1f} times as unevenly), so that much of the spread between trainings was added; "
+            "give references that were trained as it was"
+        )
+    elif kind == "references" and rule.one_training:
         reason += "; they are not known to be of several trainings, so a spread between trainings was added"
     return Judged(
         verdict=verdict,

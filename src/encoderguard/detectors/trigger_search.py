@@ -1,7 +1,7 @@
 """Trigger search: six families of triggers, each judged against what clean encoders reach."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, final
 
@@ -24,6 +24,7 @@ from encoderguard.detectors._trigger_verdict import (
     judge_by_bank,
     moved,
     statistics_of,
+    unlikeness,
 )
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
@@ -88,7 +89,7 @@ class TriggerSearch(Detector):
     trainings: Annotated[int, Field(ge=1)] | None = None
     """Of how many trainings the references are; by default what their files tell, and 1 if they do not."""
     training_spread: Annotated[float, Field(ge=0)] = 0.1
-    """Standard deviation between trainings of a curve's statistic; added where the references are of one."""
+    """Standard deviation between trainings of a curve's statistic, for references that do not show it."""
     moved_training_spread: Annotated[float, Field(ge=0)] = 0.3
     """The same of displacements."""
     families: tuple[TriggerFamily, ...] = FAMILIES
@@ -135,6 +136,8 @@ class TriggerSearch(Detector):
         nulls = {name: self._search_null(other, used, name, run) for name, other in others.items()}
         seconds["null"] = time.monotonic() - begun
         kind: NullKind = "references" if references else "students" if others else "bank"
+        unlike = unlikeness(found.measures, [null.measures for null in nulls.values()])
+        rule = replace(rule, unlike=unlike)
         judged = self._judge(found, list(nulls.values()), kind, rule)
         triggers = {family: _telling(found, list(nulls.values()), judged, family) for family in self.families}
         best = min(self.families, key=lambda f: (_smallest_p(judged, f), -found.families[f].statistic))
@@ -161,14 +164,14 @@ class TriggerSearch(Detector):
 
     def rule(self, trainings: int) -> Rule:
         """How sure a verdict has to be beside references of so many trainings."""
-        several = trainings > 1
         return Rule(
             fpr=self.fpr,
             margin=self.margin,
             prior_spread=self.prior_spread,
             moved_spread=self.moved_spread,
-            training_spread=0.0 if several else self.training_spread,
-            moved_training_spread=0.0 if several else self.moved_training_spread,
+            training_spread=self.training_spread,
+            moved_training_spread=self.moved_training_spread,
+            one_training=trainings < 2,
         )
 
     def _search(self, encoder: Encoder, used: Images, name: str, run: Run) -> Found:
