@@ -195,7 +195,7 @@ def test_the_utility_in_the_evidence_is_that_of_the_encoder() -> None:
     with torch.no_grad():
         expected = neighbour_overlap(done.encoder(held_out), suspect(held_out), 3)
     assert done.evidence["utility_after"] == pytest.approx(expected, abs=1e-6)  # rounded there
-    assert done.evidence["utility_after"] == pytest.approx(done.history["utility"][-1])
+    assert done.evidence["utility_after"] == pytest.approx(done.history["utility"][-1], abs=1e-6)
     assert (done.evidence["held_out"], done.evidence["epochs_used"]) == (16, 3)
     assert done.evidence["fallback"] is None
 
