@@ -196,26 +196,10 @@ def judge(
         within = together >= _CLEAR * rule.fpr and not rule.another_kind
         verdict = "backdoored" if strong else "clean" if within else "inconclusive"
     first = min(p, key=lambda name: (p[name], -excess[name]))
-    who = f"{len(nulls)} clean {kind}" if kind == "references" else f"{len(nulls)} {kind} of the suspect"
     how = "ranks" if ranked else "moderated t and margin"
-    reason = (
-        f"the family '{first}' stands {excess[first]:+.2f} ({_unit(first)}) from the largest of {who}; "
-        f"combined p {together:.3g} by {how}"
-    )
-    if len(nulls) < _FEWEST:
-        reason += f"; with fewer than {_FEWEST} to compare with their spread is unknown, so no verdict"
-    elif kind == "students":
-        reason += "; students are not clean encoders of their own, so no verdict: give references"
-    elif verdict == "inconclusive" and together <= rule.fpr:
-        reason += f"; significant, but not {rule.margin:g} above all of them"
-    if kind == "references" and rule.another_kind:
-        reason += (
-            f"; the suspect is another kind of encoder than the references (ordinary candidates move it "
-            f"{rule.unlike:.1f} times as unevenly), so that much of the spread between trainings was added; "
-            "give references that were trained as it was"
-        )
-    elif kind == "references" and rule.one_training:
-        reason += "; they are not known to be of several trainings, so a spread between trainings was added"
+    told = f"the family '{first}' stands {excess[first]:+.2f} ({_unit(first)}) from the largest of"
+    reason = f"{told} {_who(kind, len(nulls))}; combined p {together:.3g} by {how}"
+    reason += _remarks(verdict, together, kind, len(nulls), rule)
     return Judged(
         verdict=verdict,
         values=dict(values),
@@ -228,6 +212,30 @@ def judge(
         decided_by=how,
         reason=reason,
     )
+
+
+def _who(kind: NullKind, count: int) -> str:
+    return f"{count} clean {kind}" if kind == "references" else f"{count} {kind} of the suspect"
+
+
+def _remarks(verdict: Verdict, together: float, kind: NullKind, count: int, rule: Rule) -> str:
+    """Why the p-value is no verdict, and what was allowed for."""
+    remarks = ""
+    if count < _FEWEST:
+        remarks += f"; with fewer than {_FEWEST} to compare with their spread is unknown, so no verdict"
+    elif kind == "students":
+        remarks += "; students are not clean encoders of their own, so no verdict: give references"
+    elif verdict == "inconclusive" and together <= rule.fpr:
+        remarks += f"; significant, but not {rule.margin:g} above all of them"
+    if kind == "references" and rule.another_kind:
+        remarks += (
+            "; the suspect is another kind of encoder than the references (ordinary candidates move it "
+            f"{rule.unlike:.1f} times as unevenly), so that much of the spread between trainings was added; "
+            "give references that were trained as it was"
+        )
+    elif kind == "references" and rule.one_training:
+        remarks += "; they are not known to be of several trainings, so a spread between trainings was added"
+    return remarks
 
 
 def _unit(test: str) -> str:
