@@ -42,15 +42,7 @@ DETECTORS = "trigger_search,decree,neural_cleanse,abs,ssl_cleanse"
 SETTINGS: dict[str, dict[str, Any]] = {"trigger_search": {"tune_steps": 0}}
 """What differs from the defaults: tuning a copy decides nothing and takes time."""
 STUDENTS = "students"
-JUDGING = (
-    "fpr",
-    "margin",
-    "prior_spread",
-    "moved_spread",
-    "trainings",
-    "training_spread",
-    "moved_training_spread",
-)
+JUDGING = ("fpr", "margin", "prior_spread", "moved_spread")
 """Settings of the trigger search that change what is made of a search, not the search."""
 
 

@@ -175,7 +175,7 @@ def test_judging_afterwards_is_what_references_would_give(tmp_path: Path) -> Non
         facts = {"settings": alone.settings(), "families": evidence["families"]}
         rows.append(row("any", 0.5, "trigger_search", **facts))
     given = TriggerSearch(**short, references=tuple(files)).detect(encoders[0], images, run=Run(rng=Rng(0)))
-    score, verdict, p = beside(rows[0], rows[1:], trainings=1)  # their files tell of none
+    score, verdict, p = beside(rows[0], rows[1:])
     assert score is not None
     assert score == pytest.approx(-math.log10(1 - given.score), abs=2e-3)
     assert verdict == given.verdict

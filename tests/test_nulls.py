@@ -13,7 +13,6 @@ from encoderguard.nulls import (
     combined,
     fisher,
     holm,
-    moderated_bound,
     moderated_p,
     rank_p,
     resolution,
@@ -49,14 +48,8 @@ def test_the_prior_is_one_voice_among_the_references() -> None:
     expected = float(t.sf(3 / math.sqrt(1.125 * 1.5), 2))
     assert moderated_p(3.0, [-1.0, 1.0], prior_spread=0.5, prior_df=1) == pytest.approx(expected)
     assert moderated_p(0.0, [-1.0, 1.0], prior_spread=0.5) == pytest.approx(0.5)
-    wide = moderated_p(1.0, [0.0], prior_spread=0.5, between=math.sqrt(1.5))  # 0.5 + 1.5 = 2
+    wide = moderated_p(1.0, [0.0], prior_spread=0.5, widened=2)  # twice the root of .25 * 2
     assert wide == pytest.approx(float(t.sf(math.sqrt(0.5), 4)))
-
-
-@given(st.lists(st.floats(-2, 2), min_size=1, max_size=6), st.floats(0.01, 0.4))
-def test_the_bound_is_where_the_p_value_is_the_level(references: list[float], level: float) -> None:
-    bound = moderated_bound(level, references, prior_spread=0.2)
-    assert moderated_p(bound, references, prior_spread=0.2) == pytest.approx(level, rel=1e-6)
 
 
 def test_references_and_a_positive_prior_are_needed() -> None:

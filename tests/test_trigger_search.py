@@ -16,7 +16,7 @@ from scipy.stats import t
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoderguard.detectors._references import load_references, trainings_of
+from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_found import Found
 from encoderguard.detectors._trigger_images import Images, are_grey
@@ -239,34 +239,33 @@ def test_ranks_decide_once_there_are_enough_references() -> None:
     assert judge({"patch": 0.5}, many[:18], "references", RULE).decided_by != "ranks"
 
 
-def test_references_of_one_training_leave_room_for_another() -> None:
-    alone = replace(RULE, training_spread=0.9, moved_training_spread=0.9, one_training=True)
-    assert not RULE.one_training
-    assert judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", RULE).verdict == "backdoored"
-    found = judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", alone)
-    assert found.verdict == "clean"
-    assert "not known to be of several trainings, so a spread between trainings was added" in found.reason
-    scale = math.hypot(math.sqrt((4 * 0.2**2 + 0.005) / 6 * (4 / 3)), 0.9)
+def test_the_null_is_as_much_wider_as_the_suspect_is_unlike_the_references() -> None:
+    values = {"patch": 1.2, "blend": 0.8}
+    for less in (0.3, 1.0):
+        assert judge(values, CLEAN, "references", replace(RULE, unlike=less)).p_tests == (
+            judge(values, CLEAN, "references", RULE).p_tests
+        )
+    found = judge(values, CLEAN, "references", replace(RULE, unlike=1.5))
+    scale = math.sqrt((4 * 0.2**2 + 0.005) / 6 * (4 / 3)) * 1.5
     assert found.p_tests["patch"] == pytest.approx(float(t.sf((1.2 - 0.25) / scale, 6)))
-    moved = {"patch, displacement": 1.0}
-    expected = moderated_p(1.0, [0.0, 0.2], prior_spread=0.2, between=0.9)
-    told = judge(moved, [{"patch, displacement": 0.0}, {"patch, displacement": 0.2}], "references", alone)
+    assert "1.5 times as unevenly as the references, so the null was widened as much" in found.reason
+    moved, nulls = {"patch, displacement": 1.0}, [{"patch, displacement": value} for value in (0.0, 0.2)]
+    expected = moderated_p(1.0, [0.0, 0.2], prior_spread=RULE.moved_spread, widened=1.5)
+    told = judge(moved, nulls, "references", replace(RULE, unlike=1.5))
     assert told.p_tests["patch, displacement"] == pytest.approx(expected)
-    many = [{"patch": 0.01 * k} for k in range(19)]
-    assert judge({"patch": 0.5}, many, "references", alone).decided_by != "ranks"
 
 
 def test_a_suspect_of_another_kind_is_not_called_clean_and_hardly_backdoored() -> None:
-    other = replace(RULE, training_spread=0.3, moved_training_spread=0.3, unlike=3.0)
-    assert replace(other, unlike=1.9).between("patch") == 0
-    assert other.between("patch") == pytest.approx(0.9)
+    other = replace(RULE, unlike=3.0)
     for value, verdict in ((0.3, "inconclusive"), (1.2, "inconclusive"), (20.0, "backdoored")):
         found = judge({"patch": value, "blend": 0.8}, CLEAN, "references", other)
         assert found.verdict == verdict
-        assert "another kind of encoder than the references" in found.reason
-        assert "3.0 times as unevenly" in found.reason
-        assert "give references that were trained as it was" in found.reason
+        assert "3.0 times as unevenly as the references" in found.reason
+        assert "cannot clear it: give references that were trained as it was" in found.reason
     assert judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", RULE).verdict == "backdoored"
+    many = [{"patch": 0.01 * k} for k in range(19)]
+    assert judge({"patch": 0.5}, many, "references", RULE).decided_by == "ranks"
+    assert judge({"patch": 0.5}, many, "references", other).decided_by != "ranks"
 
 
 def test_unlikeness_is_the_range_of_the_middle_half_beside_that_of_the_references() -> None:
@@ -387,48 +386,6 @@ def test_a_scan_that_was_killed_goes_on_after_the_searches_that_it_finished(
         result.record.evidence.pop("seconds")
     assert resumed.record.evidence == finished.record.evidence
     assert resumed.detection.triggers == finished.detection.triggers
-
-
-def test_how_many_trainings_the_references_are_of(tmp_path: Path) -> None:
-    def bundle(name: str, **provenance: Any) -> str:
-        return str(small(1).save(tmp_path / f"{name}.safetensors", provenance))
-
-    told = {"method": "simclr", "settings": {"epochs": 1}, "images": {"name": "a", "count": 9, "digest": "x"}}
-    first = bundle("first", **told)
-    again = bundle("again", **told | {"seed": 1, "images": {"name": "a", "count": 9, "digest": "y"}})
-    longer = bundle("longer", **told | {"settings": {"epochs": 2}})
-    fewer = bundle("fewer", **told | {"images": {"name": "a", "count": 8, "digest": "x"}})
-    nothing = bundle("nothing")
-    for specs, expected in (
-        ([], 1),
-        ([first, again], 1),
-        ([first, longer], 2),
-        ([first, longer, fewer, again], 3),
-        ([first, nothing], 1),
-        ([nothing, str(tmp_path / "other.pth")], 1),
-        (["timm:resnet18.a1_in1k", "torchvision:resnet18"], 2),
-        (["timm:resnet18@mine.pth", "timm:resnet18@other.pth"], 1),
-    ):
-        assert trainings_of(specs) == expected
-    cells = [
-        Entry(name=name, status="built", pretrain="moco", seed=0, bundle=f"{name}.safetensors")
-        for name in ("first", "longer")
-    ]
-    write_manifest(Manifest(name="toys", cells=cells), tmp_path)
-    assert trainings_of([first, longer]) == 1  # the zoo knows better than the file
-    assert trainings_of([first, longer, fewer]) == 2
-
-
-def test_a_given_number_of_trainings_counts(tmp_path: Path) -> None:
-    specs = tuple(str(small(seed).save(tmp_path / f"{seed}.safetensors")) for seed in (1, 2))
-    plain = TriggerSearch(**QUICK, references=specs)
-    one, several = (replace(plain, trainings=count).detect(small(0), little(), run=RUN) for count in (1, 2))
-    assert one.p_value is not None
-    assert several.p_value is not None
-    assert one.score < several.score
-    assert "spread between trainings was added" in one.evidence["reason"]
-    assert "spread between trainings" not in several.evidence["reason"]
-    assert plain.detect(small(0), little(), run=RUN).score == one.score
 
 
 def test_searches_of_references_are_kept_where_asked_and_only_for_the_same_question(

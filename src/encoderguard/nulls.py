@@ -19,7 +19,6 @@ __all__ = [
     "fisher",
     "holm",
     "log_ratios",
-    "moderated_bound",
     "moderated_p",
     "rank_p",
     "resolution",
@@ -67,29 +66,20 @@ def moderated_p(
     *,
     prior_spread: float,
     prior_df: float = 4.0,
-    between: float = 0.0,
+    widened: float = 1.0,
 ) -> float:
     """One-sided p-value of a new value beside few normal references, with a moderated t statistic.
 
     The variance of the references is drawn towards ``prior_spread ** 2`` with the weight of ``prior_df``
     degrees of freedom (Smyth 2004, "Linear models and empirical Bayes methods"), because the spread of two or
-    three values says little. ``t = (x - mean) / (s sqrt(1 + 1 / m))`` with ``prior_df + m - 1`` degrees. To
-    the variance of that difference ``between ** 2`` is added: what all references share and the new value
-    need not share.
+    three values says little. ``t = (x - mean) / (s sqrt(1 + 1 / m))`` with ``prior_df + m - 1`` degrees,
+    the whole spread times ``widened``.
 
     Raises:
         SettingError: no references, or a prior that is not positive.
     """
     centre, scale, df = _moderated(references, prior_spread, prior_df)
-    return float(t.sf((value - centre) / math.hypot(scale, between), df))
-
-
-def moderated_bound(
-    level: float, references: Sequence[float], *, prior_spread: float, prior_df: float = 4.0
-) -> float:
-    """The value whose ``moderated_p`` is ``level``: the upper edge of the null's band."""
-    centre, scale, df = _moderated(references, prior_spread, prior_df)
-    return centre + scale * float(t.isf(level, df))
+    return float(t.sf((value - centre) / (scale * widened), df))
 
 
 def _moderated(references: Sequence[float], prior: float, prior_df: float) -> tuple[float, float, float]:

@@ -6,8 +6,8 @@ backdoored one get equally many, which makes their scores comparable: a p-value 
 another one than beside ten.
 
 "one training" keeps of these only the ones of the most common training: what happens to a clean suspect that
-was trained otherwise than all who stand beside it. There the search adds a spread between trainings to its
-null; "one training, no spread added" is what it would say without.
+was trained otherwise than all who stand beside it. There the search widens its null; "one training, null as
+it is" is what it would say without.
 
 ``tune`` holds the encoders of every third seed from 0 on, ``report`` the rest. Seed 0 is what was looked at
 while the search was written and its settings were tried; no setting may be chosen by ``report``.
@@ -16,7 +16,6 @@ while the search was written and its settings were tried; no setting may be chos
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -78,16 +77,11 @@ def of_one_training(references: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in references if [training_of(entry)] == [kind for kind, _ in common]]
 
 
-def beside(
-    row: Row, references: Sequence[Row], *, trainings: int = 2
-) -> tuple[float | None, str, float | None]:
-    """Score (large is suspicious), verdict and p-value of one row beside the rows of clean encoders.
-
-    ``trainings`` is how many trainings those are of; the trigger search alone asks.
-    """
+def beside(row: Row, references: Sequence[Row]) -> tuple[float | None, str, float | None]:
+    """Score (large is suspicious), verdict and p-value of one row beside the rows of clean encoders."""
     name, settings = row["detector"], row["settings"]
     if name == "trigger_search":
-        return _searched(row, references, trainings=trainings)
+        return _searched(row, references)
     clean = [r["score"] for r in references]
     if name == "decree":
         verdict = calibration.judge(
@@ -103,11 +97,11 @@ def beside(
 
 
 def _searched(
-    row: Row, references: Sequence[Row], part: str = "both", *, trainings: int = 2, careful: bool = True
+    row: Row, references: Sequence[Row], part: str = "both", *, widen: bool = True
 ) -> tuple[float | None, str, float | None]:
     """As ``beside``, by the trigger search's tests of ``collapse``, of ``displacement`` or by ``both``.
 
-    ``careful`` allows for a suspect that is of another kind than the references.
+    ``widen``: allow for a suspect that is of another kind than the references.
     """
     own, others = _measures(row), [_measures(reference) for reference in references]
     values, nulls = statistics_of(own, others)
@@ -117,9 +111,9 @@ def _searched(
         values, *nulls = ({test: told[test] for test in kept} for told in (values, *nulls))
     if not references or not values:
         return None, "inconclusive", None
-    rule = TriggerSearch(**{name: row["settings"][name] for name in _RULE}).rule(trainings)
-    unlike = unlikeness(own, others) if careful else 1.0
-    found = judge(values, nulls, "references", replace(rule, unlike=unlike))
+    settings = {name: row["settings"][name] for name in _RULE}
+    rule = TriggerSearch(**settings).rule(unlikeness(own, others) if widen else 1.0)
+    found = judge(values, nulls, "references", rule)
     # the score is 1 - p; its logarithm keeps apart what is all but 1
     return -math.log10(max(1 - found.score, 1e-15)), found.verdict, found.p_value
 
@@ -145,8 +139,7 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
             for name in references_of(entry, entries)
             if (row["detector"], name) in known
         ]
-        kinds = {training_of(by_name[reference["encoder"]]) for reference in references}
-        score, verdict, p = beside(row, references, trainings=len(kinds))
+        score, verdict, p = beside(row, references)
         case = {
             "encoder": entry.name,
             "attack": entry.attack,
@@ -167,13 +160,13 @@ def cases_of(rows: Iterable[Row], entries: Sequence[Entry]) -> list[Case]:
             alone = {"score": row["score"], "verdict": row["verdict"], "p_value": None, "references": 0}
             cases.append(case | alone | {"detector": "trigger_search, no references"})
             for part in ("collapse", "displacement"):
-                score, verdict, p = _searched(row, references, part, trainings=len(kinds))
+                score, verdict, p = _searched(row, references, part)
                 told = {"score": score, "verdict": verdict, "p_value": p}
                 cases.append(case | told | {"detector": f"trigger_search, {part} alone"})
             alike = of_one_training([by_name[reference["encoder"]] for reference in references])
             same = [known[row["detector"], other.name] for other in alike]
-            for trainings, words in ((1, "one training"), (2, "one training, no spread added")):
-                score, verdict, p = _searched(row, same, trainings=trainings, careful=trainings == 1)
+            for widen, words in ((True, "one training"), (False, "one training, null as it is")):
+                score, verdict, p = _searched(row, same, widen=widen)
                 told = {"score": score, "verdict": verdict, "p_value": p, "references": len(same)}
                 cases.append(case | told | {"detector": f"trigger_search, {words}"})
     return cases

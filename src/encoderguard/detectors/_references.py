@@ -1,16 +1,13 @@
 """The clean encoders that a suspect is judged beside: bundles, or all that fit of a zoo."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from encoderguard.bundles import read_provenance
 from encoderguard.encoder import Encoder
-from encoderguard.errors import EncoderError, SettingError
+from encoderguard.errors import SettingError
 from encoderguard.loading import load_encoder
 
-__all__ = ["load_references", "trainings_of"]
+__all__ = ["load_references"]
 
 _MANIFEST = "manifest.json"
 
@@ -30,42 +27,6 @@ def load_references(specs: tuple[str, ...], suspect: Encoder) -> dict[str, Encod
         else:
             found[spec] = _reference(spec, suspect)
     return found
-
-
-def trainings_of(specs: Iterable[str]) -> int:
-    """Of how many trainings these encoders are, as far as their files and their zoo tell; at least 1.
-
-    A training is a method with its settings, on so many images of a set. Those of which nothing is known
-    count as being of the training of any other.
-    """
-    return max(1, len({told for spec in specs if (told := _training_of(spec)) is not None}))
-
-
-def _training_of(spec: str) -> str | None:
-    path = Path(spec)
-    if not path.is_file():  # published weights by name; what follows an @ is a file of one's own
-        return spec if spec.startswith(("timm:", "torchvision:")) and "@" not in spec else None
-    entry = next((cell for cell in _cells(path.parent) if cell.get("bundle") == path.name), None)
-    if entry is not None:
-        method, settings, images = (entry.get(key) for key in ("pretrain", "pretrain_settings", "images"))
-    else:
-        try:
-            told = read_provenance(path)
-        except EncoderError:
-            return None
-        method, settings, images = (told.get(key) for key in ("method", "settings", "images"))
-    if not method:
-        return None
-    data = {key: (images or {}).get(key) for key in ("spec", "name", "count")}
-    return json.dumps([method, settings, data], sort_keys=True)
-
-
-def _cells(folder: Path) -> list[dict[str, Any]]:
-    """The entries of the zoo in a folder; none if it holds no zoo that can be read."""
-    try:
-        return [dict(cell) for cell in json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
 
 
 def _of_zoo(folder: Path, suspect: Encoder) -> dict[str, Encoder]:

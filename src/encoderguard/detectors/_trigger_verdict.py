@@ -39,14 +39,8 @@ class Rule:
     margin: float
     prior_spread: float
     moved_spread: float
-    training_spread: float = 0.0
-    """Between trainings, of curves."""
-    moved_training_spread: float = 0.0
-    """The same of displacements."""
-    one_training: bool = False
-    """Whether the clean encoders are not known to be of several, which would show that spread."""
     unlike: float = 1.0
-    """See ``unlikeness``."""
+    """See ``unlikeness``; where it is above 1 the null is so many times wider."""
 
     def spread_of(self, test: str) -> float:
         """Of clean encoders, expected before any was seen."""
@@ -57,10 +51,10 @@ class Rule:
         """Whether the suspect differs from the clean encoders where no backdoor would show."""
         return self.unlike >= _UNLIKE
 
-    def between(self, test: str) -> float:
-        """Spread between trainings that is added to that of the clean encoders."""
-        spread = self.moved_training_spread if test.endswith(_MOVED) else self.training_spread
-        return spread * (self.unlike if self.another_kind else float(self.one_training))
+    @property
+    def widened(self) -> float:
+        """How many times wider than among the clean encoders the null is."""
+        return max(1.0, self.unlike)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +170,12 @@ def judge(
     times ``fpr``. Otherwise, and with one clean encoder only or with students, ``inconclusive``; a suspect
     that is of another kind than the clean encoders is never ``clean``.
 
-    The p-values are ranks where there are enough clean encoders, of several trainings, for ranks to reach
-    ``fpr`` after Holm's correction, else those of the moderated t.
+    The p-values are ranks where there are enough clean encoders of the suspect's kind for ranks to reach
+    ``fpr`` after Holm's correction, else those of the moderated t, whose spread is ``unlike`` times that of
+    the clean encoders where that is more.
     """
     tests = len(values)
-    exchangeable = not rule.one_training and not rule.another_kind
-    ranked = resolution(len(nulls)) * tests <= rule.fpr and exchangeable
+    ranked = resolution(len(nulls)) * tests <= rule.fpr and not rule.another_kind
     by_test = {name: [null[name] for null in nulls] for name in values}
     p = (
         {name: rank_p(value, by_test[name]) for name, value in values.items()}
@@ -227,14 +221,13 @@ def _remarks(verdict: Verdict, together: float, kind: NullKind, count: int, rule
         remarks += "; students are not clean encoders of their own, so no verdict: give references"
     elif verdict == "inconclusive" and together <= rule.fpr:
         remarks += f"; significant, but not {rule.margin:g} above all of them"
-    if kind == "references" and rule.another_kind:
+    if kind == "references" and rule.widened > 1:
         remarks += (
-            "; the suspect is another kind of encoder than the references (ordinary candidates move it "
-            f"{rule.unlike:.1f} times as unevenly), so that much of the spread between trainings was added; "
-            "give references that were trained as it was"
+            f"; ordinary candidates move the suspect {rule.widened:.1f} times as unevenly as the references, "
+            "so the null was widened as much"
         )
-    elif kind == "references" and rule.one_training:
-        remarks += "; they are not known to be of several trainings, so a spread between trainings was added"
+    if kind == "references" and rule.another_kind:
+        remarks += " and cannot clear it: give references that were trained as it was"
     return remarks
 
 
@@ -277,7 +270,7 @@ def _moderated(
             value,
             [null[name] for null in nulls],
             prior_spread=rule.spread_of(name),
-            between=rule.between(name),
+            widened=rule.widened,
         )
         for name, value in values.items()
     }

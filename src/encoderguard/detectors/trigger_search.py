@@ -1,7 +1,7 @@
 """Trigger search: six families of triggers, each judged against what clean encoders reach."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, final
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from encoderguard.bank import bank
 from encoderguard.collapse import Collapse
-from encoderguard.detectors._references import load_references, trainings_of
+from encoderguard.detectors._references import load_references
 from encoderguard.detectors._remembered import continued, remembered
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_evidence import evidence_of, furthest
@@ -86,12 +86,6 @@ class TriggerSearch(Detector):
     """Expected standard deviation of a curve's statistic over clean encoders; counts as four references."""
     moved_spread: Annotated[float, Field(gt=0)] = 0.15
     """The same of how much further than in clean encoders a candidate moves the features (a log ratio)."""
-    trainings: Annotated[int, Field(ge=1)] | None = None
-    """Of how many trainings the references are; by default what their files tell, and 1 if they do not."""
-    training_spread: Annotated[float, Field(ge=0)] = 0.1
-    """Standard deviation between trainings of a curve's statistic, for references that do not show it."""
-    moved_training_spread: Annotated[float, Field(ge=0)] = 0.3
-    """The same of displacements."""
     families: tuple[TriggerFamily, ...] = FAMILIES
     """Families that are searched."""
     images: Annotated[int, Field(ge=_LEAST)] = 64
@@ -125,7 +119,6 @@ class TriggerSearch(Detector):
                 "The trigger search needs at least one family, found none; leave it out for all."
             )
         references = load_references(self.references, encoder)
-        rule = self.rule(self.trainings or trainings_of(references))
         used = Images(images, self.images, run)
         found = self._search(encoder, used, "suspect", run)
         seconds = {f"suspect_{stage}": took for stage, took in found.seconds.items()}
@@ -137,7 +130,7 @@ class TriggerSearch(Detector):
         seconds["null"] = time.monotonic() - begun
         kind: NullKind = "references" if references else "students" if others else "bank"
         unlike = unlikeness(found.measures, [null.measures for null in nulls.values()])
-        rule = replace(rule, unlike=unlike)
+        rule = self.rule(unlike)
         judged = self._judge(found, list(nulls.values()), kind, rule)
         triggers = {family: _telling(found, list(nulls.values()), judged, family) for family in self.families}
         best = min(self.families, key=lambda f: (_smallest_p(judged, f), -found.families[f].statistic))
@@ -162,16 +155,14 @@ class TriggerSearch(Detector):
             for k in range(self.students)
         }
 
-    def rule(self, trainings: int) -> Rule:
-        """How sure a verdict has to be beside references of so many trainings."""
+    def rule(self, unlike: float = 1.0) -> Rule:
+        """How sure a verdict has to be of a suspect that is so unlike its references."""
         return Rule(
             fpr=self.fpr,
             margin=self.margin,
             prior_spread=self.prior_spread,
             moved_spread=self.moved_spread,
-            training_spread=self.training_spread,
-            moved_training_spread=self.moved_training_spread,
-            one_training=trainings < 2,
+            unlike=unlike,
         )
 
     def _search(self, encoder: Encoder, used: Images, name: str, run: Run) -> Found:
