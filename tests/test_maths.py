@@ -164,6 +164,23 @@ def test_random_patches() -> None:
     assert 0.25 < half < 0.75
 
 
+def test_random_patches_are_grids_of_up_to_four_cells_half_of_them_of_full_colours() -> None:
+    grey = torch.full((400, 3, 32, 32), 0.5)
+    covered = random_patches(grey, 1.0, Rng(2).generator())
+    assert covered.min() >= 0
+    assert covered.max() <= 1
+    counts, full = [], []
+    for image in covered:
+        colours = image.flatten(1).T.unique(dim=0)
+        own = colours[(colours != 0.5).all(1)]
+        counts.append(len(own))
+        full.append(bool(((own == 0) | (own == 1)).all()))
+    assert set(counts) <= set(range(1, 17))
+    assert sum(count == 1 for count in counts) > 100  # a third are of one cell
+    assert sum(count > 4 for count in counts) > 50
+    assert 0.4 < sum(full) / len(full) < 0.6
+
+
 def test_layer_weights_by_hand() -> None:
     values = [1.0, 3.0]
     assert layer_weights(values, "share", alpha0=1, alpha1=4) == pytest.approx([2.0, 4.0])

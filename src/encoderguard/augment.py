@@ -29,6 +29,8 @@ __all__ = [
 AugmentationName = Literal["badencoder", "ctrl", "moco_v2", "byol"]
 
 _GREY = (0.299, 0.587, 0.114)
+_CELLS = 4
+"""The most cells a side of a random patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +208,11 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
 def random_patches(
     images: Tensor, probability: float, generator: torch.Generator, *, peers: Peers = ALONE, views: int = 1
 ) -> Tensor:
-    """Cover a random rectangle of some images with one random colour (random erasing, Zhong et al. 2020).
+    """Cover a random rectangle of some images with random colours (after random erasing, Zhong et al. 2020).
 
-    Sides are 1/8 to 1/2 of the image's, places and colours uniform; nothing is taken from any trigger.
+    Sides are 1/8 to 1/2 of the image's, places uniform. A patch is a grid of 1, 2 or 4 cells a side, each of
+    one uniform colour; in every second patch the channels are rounded to 0 and 1, because uniform
+    colours are hardly ever as strong as white or black. Nothing is taken from any trigger.
 
     Args:
         images: ``[N, 3, H, W]`` in [0, 1]; unchanged.
@@ -220,14 +224,27 @@ def random_patches(
     if probability == 0:
         return images
     n, _, height, width = images.shape
-    draws = peers.rand(8, n, generator, views=views).to(images.device)
-    inside = torch.ones(n, height, width, dtype=torch.bool, device=images.device)
-    for row, length in ((0, height), (2, width)):
-        side = (0.125 + 0.375 * draws[row]) * length
-        start = draws[row + 1] * (length - side)
-        places = torch.arange(length, device=images.device) + 0.5
-        within = (places >= start[:, None]) & (places < (start + side)[:, None])
-        inside = inside & (within[:, :, None] if row == 0 else within[:, None, :])
-    inside = inside & (draws[4] < probability)[:, None, None]
-    colours = draws[5:8].T[:, :, None, None]
-    return torch.where(inside[:, None], colours, images)
+    draws = peers.rand(7 + 3 * _CELLS**2, n, generator, views=views).to(images.device)
+    cells = 2 ** (3 * draws[5]).long()
+    colours = draws[7:].T.reshape(n, 3, _CELLS, _CELLS)
+    colours = torch.where((draws[6] < 0.5)[:, None, None, None], colours.round(), colours)
+    down = _within(draws[0], draws[1], height)
+    across = _within(draws[2], draws[3], width)
+    # the cell of each row and column: [N, H] and [N, W]
+    rows, columns = ((part.clamp(0, 0.999) * cells[:, None]).long() for part in (down, across))
+    painted = colours[
+        torch.arange(n, device=images.device)[:, None, None, None],
+        torch.arange(3, device=images.device)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+    inside = ((down >= 0) & (down < 1))[:, :, None] & ((across >= 0) & (across < 1))[:, None, :]
+    chosen = inside & (draws[4] < probability)[:, None, None]
+    return torch.where(chosen[:, None], painted.to(images.dtype), images)
+
+
+def _within(side: Tensor, start: Tensor, length: int) -> Tensor:
+    """Where each pixel lies in a span of 1/8 to 1/2 of ``length``, which begins at 0 and ends at 1."""
+    span = (0.125 + 0.375 * side) * length
+    places = torch.arange(length, device=side.device) + 0.5
+    return (places - (start * (length - span))[:, None]) / span[:, None]

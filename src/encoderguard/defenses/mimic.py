@@ -76,7 +76,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "schedule": "one_cycle",
         "epochs": 100,
         "compare": "both",
-        "patches": 0.3,
+        "patches": 0.6,
     },
 }
 
