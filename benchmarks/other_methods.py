@@ -1,8 +1,8 @@
 """What the detectors say of clean encoders that were trained by another method than their references.
 
-    python benchmarks/other_methods.py zoo/others --references zoo/small --images ../shared/data/cifar10:train
+    python benchmarks/other_methods.py zoo/others zoo/unseen --references zoo/small --images CIFAR10:train
 
-Each clean encoder of the first zoo is scanned beside all clean ones of the second, beside those of one
+Each clean encoder of the first zoos is scanned beside all clean ones of the last, beside those of one
 training alone, and by DECREE. A minute or two per encoder on one core; references are searched once.
 """
 
@@ -27,7 +27,12 @@ def scanned(entry: Entry, folder: Path, given: argparse.Namespace, **settings: A
     """One scan, as ``encoderguard scan`` does it."""
     record = jobs.scan(str(folder / str(entry.bundle)), given.images, count=given.count, **settings).record
     told = {name: record.evidence[name] for name in KEPT if name in record.evidence}
-    row = {"encoder": entry.name, "detector": record.detector, "references": settings.get("references", [])}
+    row = {
+        "encoder": entry.name,
+        "zoo": folder.name,
+        "detector": record.detector,
+        "references": settings.get("references", []),
+    }
     values: dict[str, Any] = {name: getattr(record, name) for name in ("verdict", "score", "p_value")}
     return row | values | told | {"seconds": record.seconds}
 
@@ -37,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("zoo", type=Path)
+    parser.add_argument("zoos", type=Path, nargs="+")
     parser.add_argument("--references", type=Path, required=True, help="folder of a zoo")
     parser.add_argument("--images", required=True, help="spec of clean images")
     parser.add_argument("--count", type=int, default=300)
@@ -48,15 +53,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as remembered:
         more: Any = {"tune_steps": 0, "remember": remembered}
-        for entry in read_manifest(given.zoo).cells:
+        for folder, entry in ((zoo, entry) for zoo in given.zoos for entry in read_manifest(zoo).cells):
             for references in ([str(given.references)], alike):
-                rows.append(scanned(entry, given.zoo, given, references=references, settings=more))
-            rows.append(scanned(entry, given.zoo, given, detector="decree"))
+                rows.append(scanned(entry, folder, given, references=references, settings=more))
+            rows.append(scanned(entry, folder, given, detector="decree"))
             for row in rows[-3:]:
                 print({key: row[key] for key in ("encoder", "detector", "verdict", "p_value")}, flush=True)
     record = {
-        "command": f"python benchmarks/other_methods.py {given.zoo} --references {given.references} "
-        f"--images {given.images} --count {given.count}",
+        "command": f"python benchmarks/other_methods.py {' '.join(map(str, given.zoos))} "
+        f"--references {given.references} --images {given.images} --count {given.count}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": rows,

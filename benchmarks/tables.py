@@ -169,8 +169,8 @@ def other_methods(record: dict[str, Any]) -> list[str]:
     lines = [
         f"`{record['command']}`",
         "",
-        "| clean encoder | detector | beside | verdict | p | unlike its references |",
-        "|---|---|---|---|---|---|",
+        "| clean encoder | zoo | detector | beside | verdict | p | unlike its references |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         count = row.get("null_size") or 0
@@ -179,7 +179,8 @@ def other_methods(record: dict[str, Any]) -> list[str]:
         unlike = f"{row['unlike']:.1f}" if "unlike" in row else "-"
         beside = f"{count} clean encoders {alike}" if count else "-"
         lines.append(
-            f"| {row['encoder']} | {row['detector']} | {beside} | {row['verdict']} | {p} | {unlike} |"
+            f"| {row['encoder']} | {row['zoo']} | {row['detector']} | {beside} | {row['verdict']} | {p} "
+            f"| {unlike} |"
         )
     return lines
 
