@@ -51,8 +51,9 @@ def searched(entry: Entry, by_name: dict[str, Entry], given: argparse.Namespace)
         seed=given.seed,
         settings={"tune_steps": 0, "remember": str(given.work / "searches")},
         out=out,
+        overwrite=True,
     )
-    return done.record, str(out / "recovered-trigger.json")
+    return done.record, str(out / "strongest-trigger.json")
 
 
 def main() -> None:

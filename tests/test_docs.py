@@ -157,6 +157,16 @@ def test_every_method_has_a_card_with_its_settings_and_defaults(family: Family, 
     for setting, value in settings.items():
         assert table[setting] == f"`{shown(value)}`", f"{name}.{setting} is {shown(value)} by default"
     assert f"(methods/{name}.md)" in (DOCS / "index.md").read_text(encoding="utf-8")
+    parts = (
+        "What it does",
+        "Needs",
+        "Cost",
+        "Settings",
+        "Where it departs",
+        "What it does not cover",
+        "How to run",
+    )
+    assert not [part for part in parts if f"\n## {part}\n" not in text]
 
 
 def _settings_part(text: str, family: str = "") -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
-from encoderguard.detectors._trigger_found import Found
+from encoderguard.detectors._trigger_found import FamilyResult, Found
 from encoderguard.detectors._trigger_images import Images, are_grey
 from encoderguard.detectors._trigger_stages import search
 from encoderguard.detectors._trigger_verdict import (
@@ -347,6 +347,7 @@ def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_p
     for entry in evidence["families"].values():
         assert all(low <= high for low, high in zip(entry["null_low"], entry["null_high"], strict=True))
     assert load_trigger(out / "recovered-trigger.json") == result.detection.trigger
+    assert load_trigger(out / "strongest-trigger.json") == result.detection.strongest
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Families of triggers" in page
     assert "Nearest clean image 1" in page
@@ -386,6 +387,15 @@ def test_a_scan_that_was_killed_goes_on_after_the_searches_that_it_finished(
         result.record.evidence.pop("seconds")
     assert resumed.record.evidence == finished.record.evidence
     assert resumed.detection.triggers == finished.detection.triggers
+
+
+def test_the_weakest_trigger_that_does_nearly_all_is_shown_and_the_strongest_is_for_unlearning() -> None:
+    triggers = [MaskedPattern(torch.full((8, 8), level), torch.ones(3, 8, 8)) for level in (0.1, 0.2, 0.3)]
+    best = {level: (0.0, trigger) for level, trigger in zip((1.0, 2.0, 3.0), triggers, strict=True)}
+    result = FamilyResult(best=best, curve=[0.2, 0.95, 0.98], measured=[0.2, 0.95, 0.98])
+    assert (result.weakest, result.strongest) == (triggers[1], triggers[2])
+    result = FamilyResult(best=best, curve=[0.2, 0.95, 0.95], measured=[0.2, 0.95, 0.4])
+    assert (result.weakest, result.strongest) == (triggers[1], triggers[1])
 
 
 def test_searches_of_references_are_kept_where_asked_and_only_for_the_same_question(

@@ -92,6 +92,8 @@ class Detection:
     """The recovered trigger, if the detector recovers one."""
     triggers: dict[str, Trigger] = field(default_factory=dict)
     """All that it recovered, by family of triggers, if it looks for several."""
+    strongest: Trigger | None = None
+    """What sets the behaviour off most, where ``trigger`` is a weaker one: better to unlearn."""
     p_value: float | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     """JSON values only; what a reader needs to judge the verdict."""

@@ -118,7 +118,7 @@ class SSLDefender(Defense):
     mode: Mode = "default"
     """Which set of defaults fills the settings that are not given."""
     recovered_trigger: str | None = None
-    """A ``recovered-trigger.json`` that a scan wrote; it is unlearnt, and nothing else is recovered."""
+    """A scan's ``strongest-trigger.json``, or ``recovered-trigger.json``, to unlearn without a recovery."""
     generators: Annotated[int, Field(ge=1, le=64)] = 3
     """n, the number of sub-generators."""
     lowest: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -23,6 +23,8 @@ __all__ = ["continued", "remembered"]
 
 _KEPT = ("bank", "displacements", "curve")
 _ALL = (*_KEPT, "label", "measured", "refined")
+_FORMAT = 2
+"""Of the files of a stopped scan: another one is not read, and the search is done again."""
 
 
 def remembered(folder: Path, facts: Mapping[str, Any], search: Callable[[], Found]) -> Found:
@@ -85,7 +87,7 @@ def continued(
         OutputError: the folder cannot be written.
         StorageError: the disk is full.
     """
-    path, text = run.checkpoint, json.dumps(facts, sort_keys=True)
+    path, text = run.checkpoint, json.dumps({**facts, "format": _FORMAT}, sort_keys=True)
     if path is None:
         return search()
     known = _stopped_at(path, text) if run.resume else None
@@ -94,7 +96,7 @@ def continued(
     found = search()
     families = {
         str(family): {name: getattr(result, name) for name in _ALL}
-        | {"strongest": json.dumps(result.strongest.to_dict())}
+        | {"triggers": json.dumps([each.to_dict() for each in (result.weakest, result.strongest)])}
         for family, result in found.families.items()
     }
     told = {"seconds": found.seconds, "images_passed": found.images_passed, "complete": found.complete}
@@ -112,14 +114,15 @@ def _stopped_at(path: Path, facts: str) -> dict[str, Any] | None:
 
 
 def _restored(known: Mapping[str, Any], rays: Mapping[TriggerFamily, tuple[Ray, ...]]) -> Found:
-    families = {
-        family: FamilyResult(
-            **{name: known["families"][family][name] for name in _ALL},
-            tried=list(own[: len(known["families"][family]["bank"])]),
-            chosen=trigger_from_dict(json.loads(known["families"][family]["strongest"])),
+    families = {}
+    for family, own in rays.items():
+        kept = known["families"][family]
+        weakest, strongest = map(trigger_from_dict, json.loads(kept["triggers"]))
+        families[family] = FamilyResult(
+            **{name: kept[name] for name in _ALL},
+            tried=list(own[: len(kept["bank"])]),
+            read=(weakest, strongest),
         )
-        for family, own in rays.items()
-    }
     return Found(
         families=families,
         seconds=known["seconds"],

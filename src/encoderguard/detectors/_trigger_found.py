@@ -54,8 +54,8 @@ class FamilyResult:
     """The same without the last clause."""
     refined: bool = False
     """Whether gradients were tried."""
-    chosen: Trigger | None = None
-    """``strongest`` of a search that was read from a file, which holds no other trigger."""
+    read: tuple[Trigger, Trigger] | None = None
+    """``weakest`` and ``strongest`` of a search that was read from a file, which holds no other trigger."""
 
     @property
     def statistic(self) -> float:
@@ -66,11 +66,19 @@ class FamilyResult:
         return fmean(map(fisher, self.curve))
 
     @property
-    def strongest(self) -> Trigger:
-        """The trigger of the weakest level that reaches nine tenths of the largest collapse."""
-        if self.chosen is not None:
-            return self.chosen
+    def weakest(self) -> Trigger:
+        """The trigger of the weakest level that reaches nine tenths of the largest collapse: what to show."""
+        if self.read is not None:
+            return self.read[0]
         level = next(k for k, value in enumerate(self.curve) if value >= 0.9 * self.curve[-1])
+        return self.best[sorted(self.best)[level]][1]
+
+    @property
+    def strongest(self) -> Trigger:
+        """The trigger of the level with the largest collapse: what to unlearn."""
+        if self.read is not None:
+            return self.read[1]
+        level = max(range(len(self.measured)), key=lambda k: self.measured[k])
         return self.best[sorted(self.best)[level]][1]
 
     def offer(self, level: float, value: float, trigger: Trigger) -> None:

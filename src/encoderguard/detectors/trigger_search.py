@@ -145,6 +145,7 @@ class TriggerSearch(Detector):
             threshold=judged.threshold,
             trigger=triggers[best],
             triggers={str(family): trigger for family, trigger in triggers.items()},
+            strongest=found.families[best].strongest,
             p_value=judged.p_value,
             evidence=evidence | {"best_family": best, "seconds": seconds},
         )
@@ -234,7 +235,7 @@ def _telling(found: Found, nulls: list[Found], judged: Judged, family: TriggerFa
     """The trigger of the family's more significant test."""
     result = found.families[family]
     if judged.p_tests.get(moved(family), 1.0) >= judged.p_tests[family]:
-        return result.strongest
+        return result.weakest
     ray = result.tried[furthest(found, nulls, family)]
     return ray.at(ray.strength)
 

@@ -21,16 +21,31 @@ __all__ = [
     "RANKING",
     "RECOVERED",
     "REPORT",
+    "STRONGEST",
     "TRIGGER",
     "RunFolder",
 ]
 
-ENCODER, TRIGGER, RECOVERED = "encoder.safetensors", "trigger.json", "recovered-trigger.json"
+ENCODER, TRIGGER = "encoder.safetensors", "trigger.json"
+RECOVERED, STRONGEST = "recovered-trigger.json", "strongest-trigger.json"
 POISONED, MANIFEST = "poisoned.npz", "manifest.json"
 RANKING, KEPT = "ranking.json", "kept.json"
 HEAD = "head.safetensors"
 ARRAYS, REPORT = "arrays.npz", "report.html"
-_FILES = (ENCODER, HEAD, TRIGGER, RECOVERED, POISONED, MANIFEST, RANKING, KEPT, ARRAYS, REPORT, RESULT)
+_FILES = (
+    ENCODER,
+    HEAD,
+    TRIGGER,
+    RECOVERED,
+    STRONGEST,
+    POISONED,
+    MANIFEST,
+    RANKING,
+    KEPT,
+    ARRAYS,
+    REPORT,
+    RESULT,
+)
 _IDENTITY = "resume.json"
 
 
