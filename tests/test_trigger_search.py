@@ -40,7 +40,7 @@ from encoderguard.nulls import moderated_p
 from encoderguard.random import Rng
 from encoderguard.rays import TriggerFamily
 from encoderguard.run import Run, Stopped
-from encoderguard.triggers import MaskedPattern, load_trigger
+from encoderguard.triggers import MaskedPattern, Trigger, load_trigger
 from encoderguard.zoo.manifest import Entry, Manifest, write_manifest
 
 RUN = Run(rng=Rng(0), precision="float32")
@@ -255,13 +255,13 @@ def test_the_null_is_as_much_wider_as_the_suspect_is_unlike_the_references() -> 
     assert told.p_tests["patch, displacement"] == pytest.approx(expected)
 
 
-def test_a_suspect_of_another_kind_is_not_called_clean_and_hardly_backdoored() -> None:
+def test_references_of_another_kind_carry_no_verdict() -> None:
     other = replace(RULE, unlike=3.0)
-    for value, verdict in ((0.3, "inconclusive"), (1.2, "inconclusive"), (20.0, "backdoored")):
+    for value in (0.3, 1.2, 20.0):
         found = judge({"patch": value, "blend": 0.8}, CLEAN, "references", other)
-        assert found.verdict == verdict
+        assert found.verdict == "inconclusive"
         assert "3.0 times as unevenly as the references" in found.reason
-        assert "cannot clear it: give references that were trained as it was" in found.reason
+        assert "such references carry no verdict: give some that were trained as it was" in found.reason
     assert judge({"patch": 1.2, "blend": 0.8}, CLEAN, "references", RULE).verdict == "backdoored"
     many = [{"patch": 0.01 * k} for k in range(19)]
     assert judge({"patch": 0.5}, many, "references", RULE).decided_by == "ranks"
@@ -391,7 +391,9 @@ def test_a_scan_that_was_killed_goes_on_after_the_searches_that_it_finished(
 
 def test_the_weakest_trigger_that_does_nearly_all_is_shown_and_the_strongest_is_for_unlearning() -> None:
     triggers = [MaskedPattern(torch.full((8, 8), level), torch.ones(3, 8, 8)) for level in (0.1, 0.2, 0.3)]
-    best = {level: (0.0, trigger) for level, trigger in zip((1.0, 2.0, 3.0), triggers, strict=True)}
+    best: dict[float, tuple[float, Trigger]] = {
+        float(k): (0.0, trigger) for k, trigger in enumerate(triggers)
+    }
     result = FamilyResult(best=best, curve=[0.2, 0.95, 0.98], measured=[0.2, 0.95, 0.98])
     assert (result.weakest, result.strongest) == (triggers[1], triggers[2])
     result = FamilyResult(best=best, curve=[0.2, 0.95, 0.95], measured=[0.2, 0.95, 0.4])

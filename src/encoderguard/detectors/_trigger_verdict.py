@@ -167,8 +167,8 @@ def judge(
 
     ``backdoored``: the Holm-combined p-value is at most ``fpr`` and, in a test that is significant, the
     value exceeds that of every clean encoder by ``margin``. ``clean``: the combined p-value is at least 4
-    times ``fpr``. Otherwise, and with one clean encoder only or with students, ``inconclusive``; a suspect
-    that is of another kind than the clean encoders is never ``clean``.
+    times ``fpr``. Otherwise, and with one clean encoder only, with students, or with clean encoders of
+    another kind than the suspect, ``inconclusive``.
 
     The p-values are ranks where there are enough clean encoders of the suspect's kind for ranks to reach
     ``fpr`` after Holm's correction, else those of the moderated t, whose spread is ``unlike`` times that of
@@ -186,8 +186,8 @@ def judge(
     excess = {name: value - max(by_test[name]) for name, value in values.items()}
     strong = [name for name in values if adjusted[name] <= rule.fpr and excess[name] >= rule.margin]
     verdict: Verdict = "inconclusive"
-    if len(nulls) >= _FEWEST and kind == "references":
-        within = together >= _CLEAR * rule.fpr and not rule.another_kind
+    if len(nulls) >= _FEWEST and kind == "references" and not rule.another_kind:
+        within = together >= _CLEAR * rule.fpr
         verdict = "backdoored" if strong else "clean" if within else "inconclusive"
     first = min(p, key=lambda name: (p[name], -excess[name]))
     how = "ranks" if ranked else "moderated t and margin"
@@ -219,7 +219,7 @@ def _remarks(verdict: Verdict, together: float, kind: NullKind, count: int, rule
         remarks += f"; with fewer than {_FEWEST} to compare with their spread is unknown, so no verdict"
     elif kind == "students":
         remarks += "; students are not clean encoders of their own, so no verdict: give references"
-    elif verdict == "inconclusive" and together <= rule.fpr:
+    elif verdict == "inconclusive" and together <= rule.fpr and not rule.another_kind:
         remarks += f"; significant, but not {rule.margin:g} above all of them"
     if kind == "references" and rule.widened > 1:
         remarks += (
@@ -227,7 +227,7 @@ def _remarks(verdict: Verdict, together: float, kind: NullKind, count: int, rule
             "so the null was widened as much"
         )
     if kind == "references" and rule.another_kind:
-        remarks += " and cannot clear it: give references that were trained as it was"
+        remarks += ", but such references carry no verdict: give some that were trained as it was"
     return remarks
 
 
