@@ -221,7 +221,7 @@ def _remarks(verdict: Verdict, together: float, kind: NullKind, count: int, rule
         remarks += "; students are not clean encoders of their own, so no verdict: give references"
     elif verdict == "inconclusive" and together <= rule.fpr and not rule.another_kind:
         remarks += f"; significant, but not {rule.margin:g} above all of them"
-    if kind == "references" and rule.widened > 1:
+    if kind == "references" and rule.widened >= 1.05:
         remarks += (
             f"; ordinary candidates move the suspect {rule.widened:.1f} times as unevenly as the references, "
             "so the null was widened as much"
