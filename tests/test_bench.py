@@ -134,6 +134,13 @@ def test_the_same_cell_in_two_suites_is_one() -> None:
     assert set(plan(other).cells()) < set(plan().cells())
 
 
+def test_cells_that_a_long_chain_waits_for_go_first(tmp_path: Path) -> None:
+    made = plan(SUITE, TINY.model_copy(update={"seeds": (0, 1)}))
+    _, backend = run(made.cells(), Store(tmp_path))
+    assert backend.order[:6] == ["pretrain"] * 2 + ["attack"] * 2 + ["purify"] * 2
+    assert set(backend.order[6:]) == {"scan", "evaluate"}
+
+
 def test_a_setting_changes_what_depends_on_it_and_nothing_else() -> None:
     settings = TINY.settings | {"attack.badencoder": TINY.settings["attack.badencoder"] | {"epochs": 2}}
     changed = plan(size=TINY.model_copy(update={"settings": settings}))

@@ -91,18 +91,22 @@ def _work_off(
 
 
 class _Schedule:
-    """Which cell is next: the first in the order given that has what it needs."""
+    """Which cell is next: of those that have what they need, the one that most others wait for in a row.
+
+    Of two alike the first in the order given. A chain begun last would leave the other workers idle.
+    """
 
     def __init__(self, cells: list[Cell], outcome: Outcome) -> None:
         done = set(outcome.kept)
         left = [cell for cell in cells if cell not in done]
         self.outcome, self.order = outcome, {cell: number for number, cell in enumerate(left)}
+        self.chain = _chains(left)
         self.lost: dict[Cell, int] = {}
         self.lacks: dict[Cell, int] = {}
         """How many of the cells that it needs are not there yet."""
         self.waiting: dict[Cell, list[Cell]] = {}
         """By cell: those that need it."""
-        self.ready: list[tuple[int, Cell]] = []
+        self.ready: list[tuple[int, int, Cell]] = []
         for cell in left:
             needed = set(cell.needs.values()) - done
             self.lacks[cell] = len(needed)
@@ -113,7 +117,7 @@ class _Schedule:
 
     def next(self) -> Cell | None:
         """A cell that can be computed now."""
-        return heapq.heappop(self.ready)[1] if self.ready else None
+        return heapq.heappop(self.ready)[-1] if self.ready else None
 
     def end(self, cell: Cell, error: str | None, *, lost: bool) -> None:
         """Take note of what became of a cell that ``next`` gave."""
@@ -133,7 +137,7 @@ class _Schedule:
         self._fail(cell, error)
 
     def _release(self, cell: Cell) -> None:
-        heapq.heappush(self.ready, (self.order[cell], cell))
+        heapq.heappush(self.ready, (-self.chain[cell], self.order[cell], cell))
 
     def _fail(self, cell: Cell, reason: str) -> None:
         if cell in self.outcome.failed:
@@ -141,3 +145,13 @@ class _Schedule:
         self.outcome.failed[cell] = reason
         for other in self.waiting.get(cell, ()):
             self._fail(other, reason if reason.startswith("needs ") else f"needs {reason}")
+
+
+def _chains(cells: list[Cell]) -> dict[Cell, int]:
+    """By cell, the longest chain of cells that wait for it; what a cell needs comes before it."""
+    chain = dict.fromkeys(cells, 0)
+    for cell in reversed(cells):
+        for other in cell.needs.values():
+            if other in chain:
+                chain[other] = max(chain[other], chain[cell] + 1)
+    return chain
