@@ -1,11 +1,12 @@
-"""Two stages: the trigger that the trigger search finds is handed to SSLDefender's unlearning.
+"""Two stages: the triggers that the trigger search finds are handed to SSLDefender's unlearning.
 
     python benchmarks/scan_then_unlearn.py zoo/small --images CIFAR10:train
         --train GTSRB:train --test GTSRB:test --encoders badencoder-t12-s0 badencoder-t12-s1 badencoder-t12-s2
 
 Each suspect is searched beside the zoo's clean encoders without the one it was made from. The encoder's
 trigger and target and the labels come in to judge. Rows are kept in the record as they finish; rows that it
-already holds are skipped. Five minutes of one core a row, at width 16.
+already holds are skipped. Five minutes of one core a row, at width 16. ``--handed strongest`` hands over
+the strongest trigger alone, without the plain candidate.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def judged(encoder: Encoder | str, entry: Entry, given: argparse.Namespace, **mo
 
 
 def searched(entry: Entry, by_name: dict[str, Entry], given: argparse.Namespace) -> tuple[Any, str]:
-    """The scan, and where its trigger lies."""
+    """The scan, and where its triggers lie."""
     references = [
         str(given.zoo / str(by_name[name].bundle)) for name in references_of(entry, by_name.values())
     ]
@@ -53,7 +54,7 @@ def searched(entry: Entry, by_name: dict[str, Entry], given: argparse.Namespace)
         out=out,
         overwrite=True,
     )
-    return done.record, str(out / "strongest-trigger.json")
+    return done.record, str(out if given.handed == "all" else out / "strongest-trigger.json")
 
 
 def main() -> None:
@@ -70,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=2000, help="images that the defense gets")
     parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--handed", choices=["all", "strongest"], default="all")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.images = load_images(given.images)
@@ -81,10 +83,12 @@ def main() -> None:
     record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
     for name in given.encoders:
         row: dict[str, Any] = {"encoder": name, "epochs": given.epochs, "seed": given.seed}
+        row["handed"] = given.handed
         if any(row.items() <= done.items() for done in record["rows"]):
             continue
         row |= measured(by_name[name], by_name, given)
-        print(json.dumps({key: row[key] for key in ("encoder", "before", "after")}), flush=True)
+        told = ("encoder", "handed", "before", "after")
+        print(json.dumps({key: row[key] for key in told}), flush=True)
         record["rows"].append(row)
         record |= {"images": given.count, "torch": torch.__version__, "threads": torch.get_num_threads()}
         write_text(RESULT, json.dumps(record, indent=1) + "\n")
@@ -95,14 +99,14 @@ def measured(entry: Entry, by_name: dict[str, Entry], given: argparse.Namespace)
     suspect, clean = (str(given.zoo / str(by_name[name].bundle)) for name in (entry.name, str(entry.clean)))
     before = judged(suspect, entry, given, clean_encoder=clean)
     begun = time.monotonic()
-    found, trigger = searched(entry, by_name, given)
+    found, folder = searched(entry, by_name, given)
     between = time.monotonic()
     images: ImageSet = given.images
     done = jobs.purify(
         suspect,
         images,
         defense="ssl_defender",
-        settings={"recovered_trigger": trigger, "epochs": given.epochs},
+        settings={"recovered_trigger": folder, "epochs": given.epochs},
         count=given.count,
         seed=given.seed,
     )

@@ -189,14 +189,16 @@ def two_stages(record: dict[str, Any]) -> list[str]:
     lines = [
         f"`python benchmarks/scan_then_unlearn.py`, {record['images']} unlabelled images.",
         "",
-        "| encoder | ACC % before | after | ASR % before | after | clean encoder's ASR % | unlearning, s |",
-        "|---|---|---|---|---|---|---|",
+        "| encoder | triggers handed over | ACC % before | after | ASR % before | after "
+        "| clean encoder's ASR % | unlearning, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(record["rows"], key=lambda row: str(row["encoder"])):
+    for row in sorted(record["rows"], key=lambda row: (str(row["encoder"]), str(row["handed"]))):
         before, after = row["before"], row["after"]
         rates = (before["acc"], after["acc"], before["asr"], after["asr"], before["clean_asr"])
         told = " | ".join(f"{100 * rate:.1f}" for rate in rates)
-        lines.append(f"| {row['encoder']} | {told} | {row['unlearning_seconds']:.0f} |")
+        handed = "strongest and plain" if row["handed"] == "all" else row["handed"]
+        lines.append(f"| {row['encoder']} | {handed} | {told} | {row['unlearning_seconds']:.0f} |")
     return lines
 
 

@@ -22,7 +22,7 @@ from encoderguard.random import Rng, isolated
 from encoderguard.recovery import RecoveryPlan, alternating, hinge, recover
 from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import mean_pairwise_cosine
-from encoderguard.triggers import MaskedPattern, Patch, save_trigger
+from encoderguard.triggers import MaskedPattern, Patch, load_found, load_trigger, save_trigger
 from encoderguard.unlearning import UnlearningLoss
 
 RUN = Run(rng=Rng(0), precision="float32")
@@ -326,6 +326,23 @@ def test_a_recovered_trigger_is_unlearnt(tmp_path: Path) -> None:
     assert not any(name.startswith("recovery") for name in done.history)
 
 
+def test_all_that_a_scan_found_is_unlearnt_in_turns(tmp_path: Path) -> None:
+    folder = Path(scanned(tmp_path)).parent
+    only = short(recovered_trigger=str(folder)).purify(planted(), noise(), run=RUN)
+    assert len(only.evidence["rounds"][0]["triggers"]) == 1
+    strongest, plain = load_trigger(folder / "recovered-trigger.json"), Patch(size=6, margin=1, value=1.0)
+    save_trigger(strongest, folder / "strongest-trigger.json")
+    save_trigger(plain, folder / "plain-trigger.json")
+    (folder / "recovered-trigger.json").write_text("the weaker one is not read beside these")
+    done = short(recovered_trigger=str(folder)).purify(planted(), noise(), run=RUN)
+    found = done.evidence["rounds"][0]["triggers"]
+    assert [entry.get("size") for entry in found] == [pytest.approx(36 / 256), None]
+    assert done.trigger == strongest
+    assert load_found(folder) == [strongest, plain]
+    save_trigger(strongest, folder / "plain-trigger.json")
+    assert load_found(folder) == [strongest]
+
+
 def test_the_evidence_tells_what_was_recovered() -> None:
     done = short().purify(planted(), noise(), run=RUN)
     first, second = done.evidence["rounds"]
@@ -406,9 +423,8 @@ def test_misuse_is_told_in_one_sentence(tmp_path: Path) -> None:
         short(batch_size=64).purify(planted(), images, run=RUN)
     with pytest.raises(ImageError, match=r"There is no trigger file .*none\.json"):
         short(recovered_trigger=str(tmp_path / "none.json")).purify(planted(), images, run=RUN)
-    path = save_trigger(Patch(size=3, margin=1), tmp_path / "patch.json")
-    with pytest.raises(ImageError, match="kind 'patch', but a recovered one is of kind 'masked_pattern'"):
-        short(recovered_trigger=str(path)).purify(planted(), images, run=RUN)
+    with pytest.raises(ImageError, match=r"The folder .* holds no trigger that a scan found \(strongest-tr"):
+        short(recovered_trigger=str(tmp_path)).purify(planted(), images, run=RUN)
     with pytest.raises(ImageError, match=r"\[16, 16\]"):
         short(recovered_trigger=scanned(tmp_path)).purify(planted(), noise(side=12), run=RUN)
 

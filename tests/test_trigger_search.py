@@ -130,6 +130,15 @@ def test_a_planted_white_patch_is_found_by_forward_passes_alone() -> None:
     assert set(found.triggers) == {"patch"}
 
 
+def test_the_plain_candidate_is_kept_beside_what_refinement_makes_of_it() -> None:
+    found = detect("patch", ("patch",), steps=4)
+    assert isinstance(found.plain, MaskedPattern)
+    assert (
+        float(found.plain.pattern[:, found.plain.mask > 0].min()) == 1
+    )  # plain white, whatever refinement gave
+    assert detect("patch", ("patch",), steps=0).plain == found.plain
+
+
 def test_a_backdoor_that_spreads_its_images_is_found_by_how_far_they_move() -> None:
     search = TriggerSearch(images=16, families=("patch", "warp"), steps=0, tune_steps=0)
     used = Images(shadow(), 16, RUN)
@@ -348,6 +357,7 @@ def test_references_are_searched_too_and_tell_the_found_trigger_s_transfer(tmp_p
         assert all(low <= high for low, high in zip(entry["null_low"], entry["null_high"], strict=True))
     assert load_trigger(out / "recovered-trigger.json") == result.detection.trigger
     assert load_trigger(out / "strongest-trigger.json") == result.detection.strongest
+    assert load_trigger(out / "plain-trigger.json") == result.detection.plain
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Families of triggers" in page
     assert "Nearest clean image 1" in page

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from encoderguard.encoder import Encoder
-from encoderguard.errors import ImageError, SettingError
+from encoderguard.errors import SettingError
 from encoderguard.features import extract
 from encoderguard.generators import Bound
 from encoderguard.images import ImageSet
@@ -20,7 +20,7 @@ from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Plan
-from encoderguard.triggers import MaskedPattern, load_trigger
+from encoderguard.triggers import MaskedPattern, Trigger, load_found
 from encoderguard.unlearning import UnlearningLoss, tuned_teacher, unlearn
 
 __all__ = ["SSLDefender"]
@@ -79,7 +79,7 @@ class _Source(NamedTuple):
     stamp: Stamp
     parts: list[tuple[dict[str, float], Stamp]]
     """Each of its parts, with what is known of it."""
-    example: MaskedPattern
+    example: Trigger
     curves: History
 
 
@@ -118,7 +118,7 @@ class SSLDefender(Defense):
     mode: Mode = "default"
     """Which set of defaults fills the settings that are not given."""
     recovered_trigger: str | None = None
-    """A scan's ``strongest-trigger.json``, or ``recovered-trigger.json``, to unlearn without a recovery."""
+    """To unlearn without a recovery: the folder of a scan, for all that it found, or one trigger file."""
     generators: Annotated[int, Field(ge=1, le=64)] = 3
     """n, the number of sub-generators."""
     lowest: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -194,7 +194,7 @@ class SSLDefender(Defense):
         """See Defense.
 
         Raises:
-            ImageError: too few images, or a recovered trigger that is none or of another size.
+            ImageError: too few images, or no recovered trigger there, or one of another size.
             EncoderError: the encoder gives the same features for all images.
             NonFiniteError: its features are NaN or infinite.
         """
@@ -208,7 +208,8 @@ class SSLDefender(Defense):
             run=run,
         )
         teacher, start = self._teacher(repair, run), repair.suspect
-        history, stamps, rounds, shown = History(), list[Stamp](), list[dict[str, Any]](), given
+        history, stamps, rounds = History(), list[Stamp](), list[dict[str, Any]]()
+        shown: Trigger | None = None
         for number in range(1 if given else self.rounds):
             part = run.child("round", number)
             source = _known(given) if given else self._recovered(start, repair.images, part)
@@ -232,7 +233,7 @@ class SSLDefender(Defense):
         reasons = [entry["fallback"] for entry in rounds if entry["fallback"]]
         evidence = {
             "rounds": rounds,
-            "recovered": given is None,
+            "recovered": not given,
             "utility_after": rounds[-1]["utility_after"],
             "fallback": reasons[0] if reasons else None,
         }
@@ -244,17 +245,13 @@ class SSLDefender(Defense):
         curves = {f"recovery/{name}": curve for name, curve in found.history.items()}
         return _Source(found.stamp(self.turns), found.parts(), found.example(-1, run.rng), curves)
 
-    def _given(self, images: ImageSet) -> MaskedPattern | None:
+    def _given(self, images: ImageSet) -> list[Trigger]:
         if self.recovered_trigger is None:
-            return None
-        trigger = load_trigger(Path(self.recovered_trigger))
-        if not isinstance(trigger, MaskedPattern):
-            raise ImageError(
-                f"{self.recovered_trigger} holds a trigger of kind '{trigger.name}', but a recovered one is "
-                "of kind 'masked_pattern'; give the recovered-trigger.json of a scan."
-            )
-        trigger(torch.zeros(1, 3, *images.shape))  # raises if it is for another size
-        return trigger
+            return []
+        triggers = load_found(Path(self.recovered_trigger))
+        for trigger in triggers:
+            trigger(torch.zeros(1, 3, *images.shape))  # raises if it is for another size
+        return triggers
 
     def _recovery(self, encoder: Encoder, images: ImageSet, run: Run) -> RecoveryPlan:
         level = 0.0
@@ -300,8 +297,9 @@ class SSLDefender(Defense):
         )
 
 
-def _known(given: MaskedPattern) -> _Source:
-    return _Source(given, [({"size": float(given.mask.mean())}, given)], given, {})
+def _known(given: list[Trigger]) -> _Source:
+    masks = [{"size": float(t.mask.mean())} if isinstance(t, MaskedPattern) else {} for t in given]
+    return _Source(alternating(given), list(zip(masks, given, strict=True)), given[0], {})
 
 
 @torch.no_grad()

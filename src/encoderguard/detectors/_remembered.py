@@ -17,13 +17,13 @@ from encoderguard.detectors._trigger_found import FamilyResult, Found
 from encoderguard.rays import Ray, TriggerFamily
 from encoderguard.run import Run
 from encoderguard.storage import write_atomic, write_text
-from encoderguard.triggers import trigger_from_dict
+from encoderguard.triggers import Trigger, trigger_from_dict
 
 __all__ = ["continued", "remembered"]
 
 _KEPT = ("bank", "displacements", "curve")
 _ALL = (*_KEPT, "label", "measured", "refined")
-_FORMAT = 2
+_FORMAT = 3
 """Of the files of a stopped scan: another one is not read, and the search is done again."""
 
 
@@ -96,12 +96,17 @@ def continued(
     found = search()
     families = {
         str(family): {name: getattr(result, name) for name in _ALL}
-        | {"triggers": json.dumps([each.to_dict() for each in (result.weakest, result.strongest)])}
+        | {"triggers": json.dumps([each.to_dict() for each in _triggers(result)])}
         for family, result in found.families.items()
     }
     told = {"seconds": found.seconds, "images_passed": found.images_passed, "complete": found.complete}
     write_atomic(path, lambda file: torch.save({"facts": text, "families": families, **told}, file))
     return found
+
+
+def _triggers(result: FamilyResult) -> tuple[Trigger, Trigger, Trigger]:
+    strongest = result.strongest
+    return result.weakest, strongest, result.plain or strongest
 
 
 def _stopped_at(path: Path, facts: str) -> dict[str, Any] | None:
@@ -117,10 +122,11 @@ def _restored(known: Mapping[str, Any], rays: Mapping[TriggerFamily, tuple[Ray, 
     families = {}
     for family, own in rays.items():
         kept = known["families"][family]
-        weakest, strongest = map(trigger_from_dict, json.loads(kept["triggers"]))
+        weakest, strongest, plain = map(trigger_from_dict, json.loads(kept["triggers"]))
         families[family] = FamilyResult(
             **{name: kept[name] for name in _ALL},
             tried=list(own[: len(kept["bank"])]),
+            plain=plain,
             read=(weakest, strongest),
         )
     return Found(

@@ -52,6 +52,8 @@ class FamilyResult:
     """Collapse on held-out images at each level, or at a weaker one if that gave more."""
     measured: list[float] = field(default_factory=list)
     """The same without the last clause."""
+    plain: Trigger | None = None
+    """Of the bank's best candidates the one that collapses most, at its best level: before any refinement."""
     refined: bool = False
     """Whether gradients were tried."""
     read: tuple[Trigger, Trigger] | None = None

@@ -104,6 +104,7 @@ class _Search:
             result.rays = _ranked(pairs)[: self.budget.keep]
             result.label = result.rays[0].label
             self._try_levels(family, result.rays)
+            result.plain = max(result.best.values(), key=lambda known: known[0])[1]
         self._tell(1)
 
     def _elsewhere(self, best: list[Ray], deadline: float) -> list[tuple[Ray, float]]:

@@ -146,6 +146,7 @@ class TriggerSearch(Detector):
             trigger=triggers[best],
             triggers={str(family): trigger for family, trigger in triggers.items()},
             strongest=found.families[best].strongest,
+            plain=found.families[best].plain,
             p_value=judged.p_value,
             evidence=evidence | {"best_family": best, "seconds": seconds},
         )

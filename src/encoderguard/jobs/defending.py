@@ -11,7 +11,7 @@ from encoderguard.errors import SettingError
 from encoderguard.fidelity import label_free_fidelity
 from encoderguard.images import ImageSet
 from encoderguard.jobs.facts import encoder_facts
-from encoderguard.jobs.folder import ARRAYS, ENCODER, RECOVERED, STRONGEST
+from encoderguard.jobs.folder import ARRAYS, ENCODER, PLAIN, RECOVERED, STRONGEST
 from encoderguard.jobs.found import found_arrays, recovered
 from encoderguard.jobs.job import Job
 from encoderguard.jobs.options import JobOptions
@@ -80,8 +80,8 @@ def scan(
         references: clean encoders of the suspect's architecture, or folders of a zoo, for a named detector
             that compares with such.
         count: images to draw with the seed; 1,000 unless given.
-        options: see JobOptions. ``out`` receives ``recovered-trigger.json``, from some detectors
-            ``strongest-trigger.json``, the record and the report.
+        options: see JobOptions. ``out`` receives ``recovered-trigger.json``, from the trigger search also
+            ``strongest-trigger.json`` and ``plain-trigger.json``, the record and the report.
 
     Raises:
         UsageError: an argument cannot be used as given.
@@ -103,6 +103,8 @@ def scan(
             job.output(RECOVERED, partial(save_trigger, found.trigger))
         if found.strongest is not None:
             job.output(STRONGEST, partial(save_trigger, found.strongest))
+        if found.plain is not None:
+            job.output(PLAIN, partial(save_trigger, found.plain))
         arrays = examples(used, found.trigger) | found_arrays(used, found)
         arrays |= embeddings({"embedding": suspect}, used, run=run, trigger=found.trigger)
         job.output(ARRAYS, partial(write_arrays, arrays))

@@ -10,6 +10,7 @@ from typing import Any
 from encoderguard.errors import EncoderGuardError, OutputError, SettingError, UsageError
 from encoderguard.results import RESULT, Record, read_record, write_record
 from encoderguard.storage import prepare_folder, write_text
+from encoderguard.triggers.files import PLAIN, RECOVERED, STRONGEST
 
 __all__ = [
     "ARRAYS",
@@ -17,6 +18,7 @@ __all__ = [
     "HEAD",
     "KEPT",
     "MANIFEST",
+    "PLAIN",
     "POISONED",
     "RANKING",
     "RECOVERED",
@@ -27,7 +29,6 @@ __all__ = [
 ]
 
 ENCODER, TRIGGER = "encoder.safetensors", "trigger.json"
-RECOVERED, STRONGEST = "recovered-trigger.json", "strongest-trigger.json"
 POISONED, MANIFEST = "poisoned.npz", "manifest.json"
 RANKING, KEPT = "ranking.json", "kept.json"
 HEAD = "head.safetensors"
@@ -38,6 +39,7 @@ _FILES = (
     TRIGGER,
     RECOVERED,
     STRONGEST,
+    PLAIN,
     POISONED,
     MANIFEST,
     RANKING,

@@ -19,7 +19,13 @@ from encoderguard.triggers.base import (
     stamp_uint8,
     trigger_kind,
 )
-from encoderguard.triggers.files import load_trigger, read_field_trigger, save_trigger, trigger_from_dict
+from encoderguard.triggers.files import (
+    load_found,
+    load_trigger,
+    read_field_trigger,
+    save_trigger,
+    trigger_from_dict,
+)
 from encoderguard.triggers.naming import trigger_named, trigger_names
 from encoderguard.triggers.patches import ColourPatch, MaskedPattern, Patch
 from encoderguard.triggers.whole_image import Additive, Blend, FreshNoise, SpectralDCT
@@ -45,6 +51,7 @@ __all__ = [
     "Trigger",
     "Warp",
     "Weight",
+    "load_found",
     "load_trigger",
     "read_field_trigger",
     "save_trigger",

@@ -14,7 +14,20 @@ from encoderguard.storage import write_text
 from encoderguard.triggers.base import Trigger, trigger_class
 from encoderguard.triggers.patches import MaskedPattern
 
-__all__ = ["load_trigger", "read_field_trigger", "save_trigger", "trigger_from_dict"]
+__all__ = [
+    "PLAIN",
+    "RECOVERED",
+    "STRONGEST",
+    "load_found",
+    "load_trigger",
+    "read_field_trigger",
+    "save_trigger",
+    "trigger_from_dict",
+]
+
+RECOVERED = "recovered-trigger.json"
+STRONGEST, PLAIN = "strongest-trigger.json", "plain-trigger.json"
+"""Files of a scan."""
 
 
 def save_trigger(trigger: Trigger, path: Path) -> Path:
@@ -40,6 +53,26 @@ def load_trigger(path: Path) -> Trigger:
         return trigger_from_dict(content)
     except SettingError as error:
         raise ImageError(f"{path} is not a trigger file: {error}") from None
+
+
+def load_found(path: Path) -> list[Trigger]:
+    """Triggers to unlearn: the one of a file, or those of a scan's folder, the same only once.
+
+    Of a folder the strongest trigger and the plain one, else the recovered one.
+
+    Raises:
+        ImageError: nothing of this is there, or it is not a trigger.
+    """
+    if not path.is_dir():
+        return [load_trigger(path)]
+    there = [path / name for name in (STRONGEST, PLAIN) if (path / name).is_file()]
+    if not there and not (path / RECOVERED).is_file():
+        raise ImageError(
+            f"The folder {path} holds no trigger that a scan found ({STRONGEST}, {RECOVERED}); "
+            "give the folder of a scan that recovers one, or a trigger file."
+        )
+    found = [load_trigger(file) for file in there or [path / RECOVERED]]
+    return [trigger for number, trigger in enumerate(found) if trigger not in found[:number]]
 
 
 def trigger_from_dict(content: Any) -> Trigger:
