@@ -464,6 +464,17 @@ def test_the_leaderboard_counts_a_case_once_and_no_ablation() -> None:
     assert [line[2] for line in ranks.rows] == ["40.0 (n=1)", "40.0 (n=1)"]
 
 
+def test_defenses_are_ranked_on_the_same_encoders() -> None:
+    both = [_row(f"{name}{seed}", defense=name, seed=seed) for name in ("none", "mimic") for seed in (0, 1)]
+    rows = [*both, _row("c", defense="nad", seed=1)]
+    whole, common = leaderboard([{"rows": rows}])
+    assert whole.title == "Defenses: badencoder on simclr, digits, 2 encoders"
+    assert {line[0]: line[2][-5:] for line in whole.rows} == {"none": "(n=2)", "mimic": "(n=2)"}
+    assert common.title.endswith(", 1 of 2 encoders")
+    assert {line[0]: line[2][-5:] for line in common.rows} == dict.fromkeys(("none", "mimic", "nad"), "(n=1)")
+    assert leaderboard([{"rows": [_row("a", defense="none"), _row("c", defense="nad", seed=1)]}]) == []
+
+
 def test_a_changed_leaderboard_is_found(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "toy-tiny", tmp_path / "out" / "toy-tiny")
     write_leaderboard(tmp_path / "out")

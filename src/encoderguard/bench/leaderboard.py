@@ -16,8 +16,10 @@ from encoderguard.storage import write_text
 __all__ = ["check_leaderboard", "leaderboard", "leaderboard_pages", "write_leaderboard"]
 
 _NOTE = (
-    "Over all results of this folder, by size and by what was attacked how; each encoder counts once (n). A "
-    "method under settings other than the size's, as in ablations, is not ranked."
+    "Over all results of this folder, by size and by what was attacked how; each encoder counts once (n). "
+    "Defenses are ranked on the same encoders: on all that there are, and, where some were run on fewer, on "
+    "those that all were run on. A method under settings other than the size's, as in ablations, is not "
+    "ranked."
 )
 
 
@@ -35,15 +37,34 @@ def leaderboard(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
             if row["facts"].get(family) in known[family] and "x" not in row["facts"] and not row["failed"]:
                 cases[f"{family} {sorted(row['records'].items())}"] = row
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in cases.values():  # defenses that were not run on the same encoders are not compared
+    for row in cases.values():
         facts = row["facts"]
         attacked = f"{facts['attack'].lower()} on {facts['pretrain']}, {facts['task']}"
         groups.setdefault(attacked if "defense" in facts else "", []).append(row)
     return [
-        replace(sheet, title=f"Defenses: {about}" if about else sheet.title)
-        for about, rows in groups.items()
+        replace(sheet, title=f"Defenses: {about}{where}" if about else sheet.title)
+        for about, members in groups.items()
+        for where, rows in (_comparable(members) if about else [("", members)])
         for sheet in rank_sheets(rows)
     ]
+
+
+def _comparable(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Rows of defenses on the same encoders: of those on all encoders, and of all on the shared ones."""
+    by_defense: dict[str, set[tuple[Any, ...]]] = {}
+    for row in rows:
+        by_defense.setdefault(row["facts"]["defense"], set()).add(_encoder(row))
+    every, shared = set.union(*by_defense.values()), set.intersection(*by_defense.values())
+    if every == shared:
+        return [("", list(rows))]
+    whole = [row for row in rows if by_defense[row["facts"]["defense"]] == every]
+    common = [row for row in rows if _encoder(row) in shared]
+    found = [(f", {len(every)} encoders", whole), (f", {len(shared)} of {len(every)} encoders", common)]
+    return [(where, members) for where, members in found if members]
+
+
+def _encoder(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["facts"].get("victim"), row["facts"]["seed"]
 
 
 def leaderboard_pages(out: Path) -> dict[str, str]:
