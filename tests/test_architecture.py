@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rays",
         "bank",
         "collapse",
+        "search",
     ),
     ("generators", "mixing", "recovery", "unlearning", "feature_heads", "smallest"),
     ("classifiers", "monitoring", "probes", "references", "fidelity", "evaluation"),

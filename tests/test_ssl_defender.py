@@ -19,6 +19,7 @@ from encoderguard.generators import StatisticsNetworks, SubGenerators, dv_bound,
 from encoderguard.images import ImageSet
 from encoderguard.losses import random_directions, sliced_wasserstein2
 from encoderguard.random import Rng, isolated
+from encoderguard.rays import FAMILIES
 from encoderguard.recovery import RecoveryPlan, alternating, hinge, recover
 from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import mean_pairwise_cosine
@@ -296,6 +297,7 @@ def test_stamps_alternate() -> None:
 
 def short(**changes: Any) -> SSLDefender:
     given: dict[str, Any] = {
+        "recovery": "generators",
         "generators": 2,
         "recovery_steps": 4,
         "recovery_batch": 16,
@@ -324,6 +326,21 @@ def test_a_recovered_trigger_is_unlearnt(tmp_path: Path) -> None:
     assert isinstance(done.trigger, MaskedPattern)
     assert done.evidence["utility_after"] >= 0.5
     assert not any(name.startswith("recovery") for name in done.history)
+
+
+def test_a_search_takes_the_place_of_the_sub_generators() -> None:
+    defense = short(recovery="search", rounds=1, epochs=25, lr=2e-2, utility_floor=0.5)
+    done = defense.purify(planted(), noise(), run=RUN)
+    (only,) = done.evidence["rounds"]
+    assert only["family"] in FAMILIES
+    assert 1 <= len(only["triggers"]) <= 2
+    for entry in only["triggers"]:
+        assert entry["cosine_stamped"] > 0.9
+        assert entry["cosine_stamped_after"] < 0.6
+    assert done.evidence["recovered"] is True
+    assert not any(name.startswith("recovery") for name in done.history)
+    again = defense.purify(planted(), noise(), run=RUN)
+    assert again.encoder.fingerprint == done.encoder.fingerprint
 
 
 def test_all_that_a_scan_found_is_unlearnt_in_turns(tmp_path: Path) -> None:
@@ -405,6 +422,7 @@ def test_the_modes_fill_what_is_not_given() -> None:
         0,
     )
     assert (default.teacher, default.root) == ("frozen", False)
+    assert (paper.recovery, default.recovery) == ("generators", "search")
     assert SSLDefender(mode="paper", root=False).root is False
 
 

@@ -18,11 +18,7 @@ from torch.nn import functional as F
 
 from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
-from encoderguard.detectors._trigger_found import FamilyResult, Found
-from encoderguard.detectors._trigger_images import Images, are_grey
-from encoderguard.detectors._trigger_stages import search
 from encoderguard.detectors._trigger_verdict import (
-    Measures,
     Rule,
     judge,
     judge_by_bank,
@@ -40,6 +36,7 @@ from encoderguard.nulls import moderated_p
 from encoderguard.random import Rng
 from encoderguard.rays import TriggerFamily
 from encoderguard.run import Run, Stopped
+from encoderguard.search import FamilyResult, Found, Images, Measures, are_grey, search
 from encoderguard.triggers import MaskedPattern, Trigger, load_trigger
 from encoderguard.zoo.manifest import Entry, Manifest, write_manifest
 

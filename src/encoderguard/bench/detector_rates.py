@@ -24,9 +24,10 @@ from sklearn.linear_model import LogisticRegression
 
 from encoderguard import calibration
 from encoderguard.bench.auroc import auroc
-from encoderguard.detectors._trigger_verdict import Measures, judge, moved, statistics_of, unlikeness
+from encoderguard.detectors._trigger_verdict import judge, moved, statistics_of, unlikeness
 from encoderguard.detectors.abs import judge_share, wilson
 from encoderguard.detectors.trigger_search import TriggerSearch
+from encoderguard.search import Measures
 from encoderguard.zoo import Entry
 
 __all__ = [

@@ -18,6 +18,7 @@ from encoderguard.recovery import RecoveryPlan, Stamp, Turns, alternating, recov
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run
+from encoderguard.search import triggers_of
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Plan
 from encoderguard.triggers import MaskedPattern, Trigger, load_found
@@ -29,6 +30,7 @@ Mode = Literal["default", "paper"]
 _BY_MODE: Any = None  # filled from the mode before the settings are checked
 _PRESETS: dict[Mode, dict[str, Any]] = {
     "paper": {
+        "recovery": "generators",
         "relative": False,
         "mix": "patch",
         "patch": 0.2,
@@ -50,6 +52,7 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
         "utility_floor": 0.0,
     },
     "default": {
+        "recovery": "search",
         "relative": True,
         "mix": "mask",
         "patch": 0.25,
@@ -81,6 +84,8 @@ class _Source(NamedTuple):
     """Each of its parts, with what is known of it."""
     example: Trigger
     curves: History
+    family: str | None = None
+    """Of the triggers, if a search found them."""
 
 
 @register
@@ -100,9 +105,10 @@ class SSLDefender(Defense):
     features are a fixed aim in the first term, and BatchNorm keeps its statistics. ``mode=paper`` pastes
     squares of a fifth of the side at random places, roots the distances and fine-tunes the teacher by
     SimCLR's loss. ``mode=default`` is what worked best in our measurements
-    (docs/methods/ssl_defender.md): learnt masks, kept small as DECREE does it (the paper leaves ``Mix``
-    open, and a whole image is trivial), thresholds that count from the clean images' own similarity, and
-    the suspect itself as the teacher.
+    (docs/methods/ssl_defender.md): our trigger search as stage one, as learnt triggers missed a planted
+    white square, and the suspect itself as the teacher. With ``recovery=generators`` it learns masks, kept
+    small as DECREE does it (the paper leaves ``Mix`` open, and a whole image is trivial), with thresholds
+    that count from the clean images' own similarity.
     """
 
     name: ClassVar[str] = "ssl_defender"
@@ -119,6 +125,8 @@ class SSLDefender(Defense):
     """Which set of defaults fills the settings that are not given."""
     recovered_trigger: str | None = None
     """To unlearn without a recovery: the folder of a scan, for all that it found, or one trigger file."""
+    recovery: Literal["generators", "search"] = _BY_MODE
+    """Stage one: sub-generators, or the trigger search's bank of plain candidates and their refinement."""
     generators: Annotated[int, Field(ge=1, le=64)] = 3
     """n, the number of sub-generators."""
     lowest: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -228,7 +236,7 @@ class SSLDefender(Defense):
             for name, curve in (source.curves | done.history).items():
                 history.setdefault(name, []).extend(curve)
             found = _measured(source.parts, start, done.encoder, repair.gate.images, part)
-            rounds.append({"triggers": found, **done.evidence(repair.gate)})
+            rounds.append({"family": source.family, "triggers": found, **done.evidence(repair.gate)})
             start = done.encoder.frozen()
         reasons = [entry["fallback"] for entry in rounds if entry["fallback"]]
         evidence = {
@@ -240,6 +248,9 @@ class SSLDefender(Defense):
         return Purified(encoder=done.encoder, history=history, evidence=evidence, trigger=shown)
 
     def _recovered(self, start: Encoder, images: ImageSet, run: Run) -> _Source:
+        if self.recovery == "search":
+            family, triggers = triggers_of(start, images, run=run.child("search"))
+            return _known(triggers, family)
         plan = self._recovery(start, images, run)
         found = recover(start, images, plan, run=run.child("recover"))
         curves = {f"recovery/{name}": curve for name, curve in found.history.items()}
@@ -297,9 +308,9 @@ class SSLDefender(Defense):
         )
 
 
-def _known(given: list[Trigger]) -> _Source:
+def _known(given: list[Trigger], family: str | None = None) -> _Source:
     masks = [{"size": float(t.mask.mean())} if isinstance(t, MaskedPattern) else {} for t in given]
-    return _Source(alternating(given), list(zip(masks, given, strict=True)), given[0], {})
+    return _Source(alternating(given), list(zip(masks, given, strict=True)), given[0], {}, family)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from encoderguard.detectors._trigger_found import FamilyResult, Found
 from encoderguard.rays import Ray, TriggerFamily
 from encoderguard.run import Run
+from encoderguard.search.found import FamilyResult, Found
 from encoderguard.storage import write_atomic, write_text
 from encoderguard.triggers import Trigger, trigger_from_dict
 

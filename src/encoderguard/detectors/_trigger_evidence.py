@@ -5,10 +5,10 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
-from encoderguard.detectors._trigger_found import Found
 from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, moved, score_of, statistics_of
 from encoderguard.nulls import log_ratios, resolution
 from encoderguard.rays import LEVELS, UNITS, TriggerFamily
+from encoderguard.search.found import Found
 
 __all__ = ["evidence_of", "furthest"]
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 from encoderguard.methods import Verdict
 from encoderguard.nulls import bank_p, combined, fisher, holm, log_ratios, moderated_p, rank_p, resolution
+from encoderguard.search import Measures
 
 __all__ = [
     "Judged",
-    "Measures",
     "NullKind",
     "Rule",
     "judge",
@@ -55,16 +55,6 @@ class Rule:
     def widened(self) -> float:
         """How many times wider than among the clean encoders the null is."""
         return max(1.0, self.unlike)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measures:
-    """What a search measured on one encoder, by family."""
-
-    curves: Mapping[str, float]
-    """The mean of the collapse over strength, in Fisher's z."""
-    displacements: Mapping[str, Sequence[float]]
-    """Under each candidate of the bank; none where it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

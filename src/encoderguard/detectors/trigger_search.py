@@ -13,9 +13,6 @@ from encoderguard.detectors._references import load_references
 from encoderguard.detectors._remembered import continued, remembered
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._trigger_evidence import evidence_of, furthest
-from encoderguard.detectors._trigger_found import Budget, Found
-from encoderguard.detectors._trigger_images import Images
-from encoderguard.detectors._trigger_stages import search
 from encoderguard.detectors._trigger_verdict import (
     Judged,
     NullKind,
@@ -33,6 +30,7 @@ from encoderguard.methods import Detection, Detector, require_images
 from encoderguard.rays import FAMILIES, TriggerFamily
 from encoderguard.registry import register
 from encoderguard.run import Run
+from encoderguard.search import Budget, Found, Images, search
 from encoderguard.triggers import Trigger
 
 __all__ = ["TriggerSearch"]

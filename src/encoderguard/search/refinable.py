@@ -37,6 +37,7 @@ def elsewhere(patch: Ray, shape: tuple[int, int]) -> list[Ray]:
 def random_ray(
     family: TriggerFamily, shape: tuple[int, int], channels: int, generator: torch.Generator
 ) -> Ray:
+    """A start of the refinement that no candidate of the bank is near."""
     if family == "patch":
         down, right = torch.rand(2, generator=generator).tolist()
         texture = torch.rand(channels, 8, 8, generator=generator)
@@ -52,6 +53,7 @@ def random_ray(
 def parametrisation(
     family: TriggerFamily, shape: tuple[int, int], rays: list[Ray], level: float
 ) -> Parametrisation[Trigger]:
+    """What a refinement changes of ``rays``: the colours of patches, whole pictures, or additions."""
     textures = [ray.texture for ray in rays if ray.texture is not None]
     if family == "noise":
         return BoundedAdditive(torch.full((len(rays),), level), torch.stack(textures))

@@ -1,14 +1,14 @@
 """What a trigger search may spend, and what it found."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from encoderguard.detectors._trigger_verdict import Measures
 from encoderguard.nulls import fisher
 from encoderguard.rays import Ray, TriggerFamily
 from encoderguard.triggers import Trigger
 
-__all__ = ["Budget", "FamilyResult", "Found"]
+__all__ = ["Budget", "FamilyResult", "Found", "Measures"]
 
 _SHARES = {"bank": 0.35, "refine": 0.7, "levels": 0.9}
 """Of the time budget: when each stage has to be done."""
@@ -87,6 +87,16 @@ class FamilyResult:
         """Keep the better of what is known and what is offered."""
         if level not in self.best or value > self.best[level][0]:
             self.best[level] = (value, trigger)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What a search measured on one encoder, by family."""
+
+    curves: Mapping[str, float]
+    """The mean of the collapse over strength, in Fisher's z."""
+    displacements: Mapping[str, Sequence[float]]
+    """Under each candidate of the bank; none where it is not known."""
 
 
 @dataclass(kw_only=True)

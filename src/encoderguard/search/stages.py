@@ -4,13 +4,13 @@ import time
 from collections.abc import Sequence
 
 from encoderguard.collapse import Collapse, Stamp
-from encoderguard.detectors._trigger_found import Budget, FamilyResult, Found
-from encoderguard.detectors._trigger_rays import REFINED, elsewhere, parametrisation, random_ray, ray_of
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
 from encoderguard.rays import FAMILIES, LEVELS, Ray, TriggerFamily
 from encoderguard.refinement import RefinePlan, refine
 from encoderguard.run import Run
+from encoderguard.search.found import Budget, FamilyResult, Found
+from encoderguard.search.refinable import REFINED, elsewhere, parametrisation, random_ray, ray_of
 from encoderguard.triggers import Trigger
 
 __all__ = ["search"]
