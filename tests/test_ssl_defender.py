@@ -332,8 +332,9 @@ def test_a_search_takes_the_place_of_the_sub_generators() -> None:
     defense = short(recovery="search", rounds=1, epochs=25, lr=2e-2, utility_floor=0.5)
     done = defense.purify(planted(), noise(), run=RUN)
     (only,) = done.evidence["rounds"]
-    assert only["family"] in FAMILIES
-    assert 1 <= len(only["triggers"]) <= 2
+    assert set(only["excess"]) <= set(FAMILIES)
+    assert max(only["excess"].values()) > 0.25
+    assert len(only["excess"]) <= len(only["triggers"]) <= 2 * len(only["excess"])
     for entry in only["triggers"]:
         assert entry["cosine_stamped"] > 0.9
         assert entry["cosine_stamped_after"] < 0.6

@@ -18,7 +18,7 @@ from encoderguard.recovery import RecoveryPlan, Stamp, Turns, alternating, recov
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run
-from encoderguard.search import triggers_of
+from encoderguard.search import suspicion
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Plan
 from encoderguard.triggers import MaskedPattern, Trigger, load_found
@@ -76,6 +76,10 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
 }
 
 
+_STANDS_OUT = 0.25
+"""A further round unlearns nothing of a smaller excess: the margin of trigger_search."""
+
+
 class _Source(NamedTuple):
     """Triggers to unlearn."""
 
@@ -84,8 +88,8 @@ class _Source(NamedTuple):
     """Each of its parts, with what is known of it."""
     example: Trigger
     curves: History
-    family: str | None = None
-    """Of the triggers, if a search found them."""
+    excess: dict[str, float] | None = None
+    """See ``Suspicion``, if a search found the triggers."""
 
 
 @register
@@ -154,7 +158,7 @@ class SSLDefender(Defense):
     turns: Turns = _BY_MODE
     """Whether sub-generators take turns from image to image, or one is drawn for each batch."""
     rounds: Annotated[int, Field(ge=1, le=20)] = _BY_MODE
-    """How often triggers are recovered, from the encoder as it is by then, and unlearnt with those before."""
+    """Rounds at most: triggers are recovered, from the encoder as it is, and unlearnt with those before."""
     teacher: Literal["frozen", "tuned"] = _BY_MODE
     """The suspect as it is (the backdoor sleeps on clean images), or a copy fine-tuned by SimCLR's loss."""
     teacher_epochs: Annotated[int, Field(ge=1)] = 10
@@ -218,9 +222,13 @@ class SSLDefender(Defense):
         teacher, start = self._teacher(repair, run), repair.suspect
         history, stamps, rounds = History(), list[Stamp](), list[dict[str, Any]]()
         shown: Trigger | None = None
+        left: dict[str, float] | None = None
         for number in range(1 if given else self.rounds):
             part = run.child("round", number)
             source = _known(given) if given else self._recovered(start, repair.images, part)
+            if rounds and source.excess and max(source.excess.values()) < _STANDS_OUT:
+                left = source.excess
+                break
             stamps.append(source.stamp)
             shown = shown or source.example
             done = unlearn(
@@ -236,12 +244,13 @@ class SSLDefender(Defense):
             for name, curve in (source.curves | done.history).items():
                 history.setdefault(name, []).extend(curve)
             found = _measured(source.parts, start, done.encoder, repair.gate.images, part)
-            rounds.append({"family": source.family, "triggers": found, **done.evidence(repair.gate)})
+            rounds.append({"excess": source.excess, "triggers": found, **done.evidence(repair.gate)})
             start = done.encoder.frozen()
         reasons = [entry["fallback"] for entry in rounds if entry["fallback"]]
         evidence = {
             "rounds": rounds,
             "recovered": not given,
+            "left": left,
             "utility_after": rounds[-1]["utility_after"],
             "fallback": reasons[0] if reasons else None,
         }
@@ -249,12 +258,12 @@ class SSLDefender(Defense):
 
     def _recovered(self, start: Encoder, images: ImageSet, run: Run) -> _Source:
         if self.recovery == "search":
-            family, triggers = triggers_of(start, images, run=run.child("search"))
-            return _known(triggers, family)
+            found = suspicion(start, images, run=run.child("search"))
+            return _known(found.triggers, {str(family): value for family, value in found.excess.items()})
         plan = self._recovery(start, images, run)
-        found = recover(start, images, plan, run=run.child("recover"))
-        curves = {f"recovery/{name}": curve for name, curve in found.history.items()}
-        return _Source(found.stamp(self.turns), found.parts(), found.example(-1, run.rng), curves)
+        learnt = recover(start, images, plan, run=run.child("recover"))
+        curves = {f"recovery/{name}": curve for name, curve in learnt.history.items()}
+        return _Source(learnt.stamp(self.turns), learnt.parts(), learnt.example(-1, run.rng), curves)
 
     def _given(self, images: ImageSet) -> list[Trigger]:
         if self.recovered_trigger is None:
@@ -308,9 +317,9 @@ class SSLDefender(Defense):
         )
 
 
-def _known(given: list[Trigger], family: str | None = None) -> _Source:
+def _known(given: list[Trigger], excess: dict[str, float] | None = None) -> _Source:
     masks = [{"size": float(t.mask.mean())} if isinstance(t, MaskedPattern) else {} for t in given]
-    return _Source(alternating(given), list(zip(masks, given, strict=True)), given[0], {}, family)
+    return _Source(alternating(given), list(zip(masks, given, strict=True)), given[0], {}, excess)
 
 
 @torch.no_grad()
