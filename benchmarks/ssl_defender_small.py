@@ -26,11 +26,13 @@ from encoderguard.storage import write_text
 from encoderguard.triggers import MaskedPattern, Trigger, save_trigger
 
 RESULTS = Path(__file__).parent / "results"
+LEARNT = {"recovery": "generators"}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "main": [{"seed": 0}, {"seed": 1}, {"seed": 2}],
+    "once": [{"seed": 0}],
     "paper": [{"settings": {"mode": "paper", "batch_size": 64, "recovery_batch": 32, "epochs": 100}}],
     "VII": [{"trigger": "random 0"}, {"trigger": "random 1"}],
-    "VIII": [{"trigger": "decree"}, {"settings": {"information": 0.0}}],
+    "VIII": [{"trigger": "decree"}, {"settings": {**LEARNT, "information": 0.0}}],
     "IX": [
         {"settings": {"paired": 0.0}},
         {"settings": {"paired": 0.0, "beta": 0.0, "utility_floor": 0.0}},
@@ -39,9 +41,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "X": [{"images": "other"}],
     "generators": [
-        {"settings": {"generators": 1, "lowest": 0.99}},
-        {"settings": {"relative": False}},
-        {"settings": {"mix": "patch"}},
+        *({"seed": seed, "settings": LEARNT} for seed in range(3)),
+        {"settings": {**LEARNT, "generators": 1, "lowest": 0.99}},
+        {"settings": {**LEARNT, "relative": False}},
+        {"settings": {**LEARNT, "mix": "patch"}},
     ],
 }
 
