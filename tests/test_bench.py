@@ -1,5 +1,6 @@
 """The benchmark's engine, tables and verification. Cells are computed by toy methods in this process."""
 
+import inspect
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from encoderguard import registry
+from encoderguard.bench import plan as plan_module
 from encoderguard.bench.cells import Places
 from encoderguard.bench.engine import run_cells
 from encoderguard.bench.figures import figures
@@ -132,6 +134,33 @@ def test_tiny_cells_are_short_and_have_enough_images(name: str) -> None:
 def test_the_same_cell_in_two_suites_is_one() -> None:
     other = SUITE.model_copy(update={"name": "other", "detectors": ()})
     assert set(plan(other).cells()) < set(plan().cells())
+
+
+def test_changed_code_of_a_method_changes_its_cells_and_what_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> dict[str, set[str]]:
+        plan_module._code.cache_clear()
+        found: dict[str, set[str]] = {}
+        for cell in plan().cells():
+            found.setdefault(cell.job, set()).add(cell.key)
+        return found
+
+    before = keys()
+    changed, file_of = tmp_path / "mimic.py", inspect.getsourcefile
+    changed.write_text("# another way to purify")
+    monkeypatch.setattr(
+        inspect,
+        "getsourcefile",
+        lambda cls: str(changed) if cls.__name__ == "MIMIC" else file_of(cls),
+    )
+    after = keys()
+    assert {job for job in before if before[job] != after[job]} == {"purify", "evaluate"}
+    monkeypatch.setattr(plan_module, "version", lambda name: "0.0.1")
+    older = keys()
+    assert all(not before[job] & older[job] for job in before)
+    monkeypatch.undo()
+    assert keys() == before
 
 
 def test_cells_that_a_long_chain_waits_for_go_first(tmp_path: Path) -> None:

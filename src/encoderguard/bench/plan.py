@@ -1,16 +1,21 @@
 """Cells, which are what is computed, and rows, which are what is shown.
 
 A cell names everything its result depends on, so its key is its content address: the same cell in two suites
-is computed once, and a changed setting changes the keys of what depends on it and of nothing else.
+is computed once, and a changed setting changes the keys of what depends on it and of nothing else. Of the
+code it names the package's version and the method's own file.
 """
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 from encoderguard.bench.suite import Suite
+from encoderguard.registry import Family, method_class, method_names
 
 __all__ = ["CLEAN", "NONE", "Cell", "Job", "Plan", "Row"]
 
@@ -21,6 +26,13 @@ CLEAN = "clean encoder"
 """In the place of a defense: the encoder as it was before the attack, under the same trigger."""
 _FORMAT = 1
 """Counts changes of what a cell computes that its fields do not show."""
+_FAMILIES: dict[Job, Family] = {
+    "pretrain": "pretrain",
+    "attack": "attack",
+    "poison": "attack",
+    "scan": "detector",
+    "purify": "defense",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,7 @@ class Cell:
             "format": _FORMAT,
             "job": self.job,
             "method": self.method,
+            "code": _code(self.job, self.method),
             "settings": self.settings,
             "seed": self.seed,
             "needs": {role: cell.key for role, cell in self.needs.items()},
@@ -63,6 +76,16 @@ class Cell:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cell) and self.key == other.key
+
+
+@cache
+def _code(job: Job, method: str) -> str:
+    """The package's version, and a digest of the file that the method is written in."""
+    family, release = _FAMILIES.get(job), version("encoderguard")
+    if family is None or method not in method_names(family):
+        return release
+    path = inspect.getsourcefile(method_class(family, method))
+    return f"{release} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}" if path else release
 
 
 @dataclass(frozen=True, kw_only=True)
