@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 
+from encoderguard.defenses._ssl_sources import Source, known, measured
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.features import extract
@@ -21,7 +22,7 @@ from encoderguard.run import Run
 from encoderguard.search import suspicion
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Plan
-from encoderguard.triggers import MaskedPattern, Trigger, load_found
+from encoderguard.triggers import Trigger, load_found
 from encoderguard.unlearning import UnlearningLoss, tuned_teacher, unlearn
 
 __all__ = ["SSLDefender"]
@@ -78,18 +79,6 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
 
 _STANDS_OUT = 0.25
 """A further round unlearns nothing of a smaller excess: the margin of trigger_search."""
-
-
-class _Source(NamedTuple):
-    """Triggers to unlearn."""
-
-    stamp: Stamp
-    parts: list[tuple[dict[str, float], Stamp]]
-    """Each of its parts, with what is known of it."""
-    example: Trigger
-    curves: History
-    excess: dict[str, float] | None = None
-    """See ``Suspicion``, if a search found the triggers."""
 
 
 @register
@@ -225,7 +214,7 @@ class SSLDefender(Defense):
         left: dict[str, float] | None = None
         for number in range(1 if given else self.rounds):
             part = run.child("round", number)
-            source = _known(given) if given else self._recovered(start, repair.images, part)
+            source = known(given) if given else self._recovered(start, repair.images, part)
             if rounds and source.excess and max(source.excess.values()) < _STANDS_OUT:
                 left = source.excess
                 break
@@ -243,7 +232,7 @@ class SSLDefender(Defense):
             )
             for name, curve in (source.curves | done.history).items():
                 history.setdefault(name, []).extend(curve)
-            found = _measured(source.parts, start, done.encoder, repair.gate.images, part)
+            found = measured(source.parts, start, done.encoder, repair.gate.images, part)
             rounds.append({"excess": source.excess, "triggers": found, **done.evidence(repair.gate)})
             start = done.encoder.frozen()
         reasons = [entry["fallback"] for entry in rounds if entry["fallback"]]
@@ -256,14 +245,14 @@ class SSLDefender(Defense):
         }
         return Purified(encoder=done.encoder, history=history, evidence=evidence, trigger=shown)
 
-    def _recovered(self, start: Encoder, images: ImageSet, run: Run) -> _Source:
+    def _recovered(self, start: Encoder, images: ImageSet, run: Run) -> Source:
         if self.recovery == "search":
             found = suspicion(start, images, run=run.child("search"))
-            return _known(found.triggers, {str(family): value for family, value in found.excess.items()})
+            return known(found.triggers, {str(family): value for family, value in found.excess.items()})
         plan = self._recovery(start, images, run)
         learnt = recover(start, images, plan, run=run.child("recover"))
         curves = {f"recovery/{name}": curve for name, curve in learnt.history.items()}
-        return _Source(learnt.stamp(self.turns), learnt.parts(), learnt.example(-1, run.rng), curves)
+        return Source(learnt.stamp(self.turns), learnt.parts(), learnt.example(-1, run.rng), curves)
 
     def _given(self, images: ImageSet) -> list[Trigger]:
         if self.recovered_trigger is None:
@@ -315,22 +304,3 @@ class SSLDefender(Defense):
             weight_decay=self.weight_decay,
             schedule=self.schedule,
         )
-
-
-def _known(given: list[Trigger], excess: dict[str, float] | None = None) -> _Source:
-    masks = [{"size": float(t.mask.mean())} if isinstance(t, MaskedPattern) else {} for t in given]
-    return _Source(alternating(given), list(zip(masks, given, strict=True)), given[0], {}, excess)
-
-
-@torch.no_grad()
-def _measured(
-    parts: list[tuple[dict[str, float], Stamp]], before: Encoder, after: Encoder, held_out: ImageSet, run: Run
-) -> list[dict[str, float]]:
-    """What was found, with the mean cosine of held-out images: clean, and stamped before and after."""
-    pixels = (held_out.take(torch.arange(len(held_out))).float() / 255).to(run.device)
-    rows = []
-    for number, (facts, stamp) in enumerate(parts):
-        stamped = stamp(pixels, run.rng.generator("measured", number))
-        views = {"clean": before(pixels), "stamped": before(stamped), "stamped_after": after(stamped)}
-        rows.append(facts | {f"cosine_{name}": float(mean_pairwise_cosine(z)) for name, z in views.items()})
-    return rows
