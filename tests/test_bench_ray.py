@@ -1,6 +1,7 @@
 """The benchmark on a local Ray cluster of two workers, against the same cells computed in this process."""
 
 import importlib.util
+import logging
 import os
 import signal
 import threading
@@ -46,7 +47,7 @@ def cluster() -> Iterator[None]:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         object_store_memory=100 << 20,
     )
     yield
