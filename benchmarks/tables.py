@@ -204,6 +204,30 @@ def two_stages(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def stamped_set(record: dict[str, Any]) -> list[str]:
+    """What a partly stamped clean set does."""
+    before = record["undefended"]
+    lines = [
+        f"`{record['command']}`, {record['images']} digits, one encoder: undefended ACC "
+        f"{100 * before['acc']:.1f} %, ASR {100 * before['asr']:.1f} %; clean encoder "
+        f"{100 * before['clean_acc']:.1f} and {100 * before['clean_asr']:.1f}.",
+        "",
+        f"| method | ACC/ASR %, clean set | ACC/ASR %, {record['share']:.0%} of it stamped |",
+        "|---|---|---|",
+    ]
+    rows = {(row["row"]["method"], row["row"]["stamped"]): row for row in record["rows"]}
+    for method in dict.fromkeys(method for method, _ in rows):
+        told = [
+            f"{100 * row['acc']:.1f}/{100 * row['asr']:.1f}"
+            if "acc" in row
+            else f"backdoored one {row['backdoored']['verdict']}, clean one {row['clean']['verdict']}"
+            for share in (0.0, record["share"])
+            if (row := rows.get((method, share)))
+        ]
+        lines.append(f"| {method} | {' | '.join(told)} |")
+    return lines
+
+
 def main() -> None:
     """Print the page."""
     lines = ["# Results", "", "Made by `python benchmarks/tables.py` from the records in `results/`.", ""]
@@ -231,6 +255,9 @@ def main() -> None:
     stages = load("scan_then_unlearn")
     if stages:
         lines += ["", "## A scan's trigger, unlearnt by SSLDefender", "", *two_stages(stages)]
+    partly = load("poisoned_clean_set")
+    if partly:
+        lines += ["", "## A clean set that is partly poisoned", "", *stamped_set(partly)]
     print("\n".join(lines))
 
 

@@ -22,6 +22,7 @@ from encoderguard.random import Rng, isolated
 from encoderguard.rays import FAMILIES
 from encoderguard.recovery import RecoveryPlan, alternating, hinge, recover
 from encoderguard.run import Run, Stopped, StopSignal
+from encoderguard.search import Suspicion
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.triggers import MaskedPattern, Patch, load_found, load_trigger, save_trigger
 from encoderguard.unlearning import UnlearningLoss
@@ -342,6 +343,18 @@ def test_a_search_takes_the_place_of_the_sub_generators() -> None:
     assert not any(name.startswith("recovery") for name in done.history)
     again = defense.purify(planted(), noise(), run=RUN)
     assert again.encoder.fingerprint == done.encoder.fingerprint
+
+
+def test_a_round_in_which_nothing_stands_out_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    excess = iter([0.1, 0.9, 0.2])
+
+    def suspicion(*given: Any, **more: Any) -> Suspicion:
+        return Suspicion(excess={"patch": next(excess)}, triggers=[Patch(size=4, margin=1, value=1.0)])
+
+    monkeypatch.setattr("encoderguard.defenses.ssl_defender.suspicion", suspicion)
+    done = short(recovery="search", rounds=4, epochs=1).purify(planted(), noise(), run=RUN)
+    assert [entry["excess"] for entry in done.evidence["rounds"]] == [{"patch": 0.1}, {"patch": 0.9}]
+    assert done.evidence["left"] == {"patch": 0.2}  # the first round is run whatever stands out
 
 
 def test_all_that_a_scan_found_is_unlearnt_in_turns(tmp_path: Path) -> None:
