@@ -189,7 +189,8 @@ def other_methods(record: dict[str, Any]) -> list[str]:
 def two_stages(record: dict[str, Any]) -> list[str]:
     """A scan's trigger, unlearnt."""
     lines = [
-        f"`python benchmarks/scan_then_unlearn.py`, {record['images']} unlabelled images.",
+        "`python benchmarks/scan_then_unlearn.py` (`--handed strongest` where that alone was handed over), "
+        f"{record['images']} unlabelled images.",
         "",
         "| encoder | triggers handed over | ACC % before | after | ASR % before | after "
         "| clean encoder's ASR % | unlearning, s |",
