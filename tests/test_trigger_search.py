@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
+from encoderguard.detectors._telling import telling, to_unlearn
 from encoderguard.detectors._trigger_verdict import (
     Rule,
     judge,
@@ -151,6 +152,15 @@ def test_a_backdoor_that_spreads_its_images_is_found_by_how_far_they_move() -> N
     found = judge(values, nulls, "references", RULE)
     assert found.verdict == "backdoored"
     assert found.p_tests["patch, displacement"] < 0.01 < found.p_tests["patch"]
+    by_displacement = searched("spread", 0)
+    told = telling(by_displacement, clean, found, "patch")
+    result = by_displacement.families["patch"]
+    assert told not in (result.strongest, result.plain)
+    assert to_unlearn(result, told, found, "patch", 0.05) == (told, told)  # natural collapse stays out of it
+    both = replace(found, p_adjusted=found.p_adjusted | {"patch": 0.01})
+    assert to_unlearn(result, told, both, "patch", 0.05) == (result.strongest, told)
+    collapsing = replace(found, p_tests=found.p_tests | {"patch": 1e-9})
+    assert to_unlearn(result, told, collapsing, "patch", 0.05) == (result.strongest, result.plain)
     innocent, others = statistics_of(clean[0].measures, [one.measures for one in clean[1:]])
     assert judge(innocent, others, "references", RULE).verdict != "backdoored"
 

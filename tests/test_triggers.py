@@ -432,12 +432,15 @@ def test_named_triggers_are_the_fields() -> None:
     assert trigger_named("colour_patch", 32, seed=3, place="[1, 2]") == ColourPatch(seed=3, place=(1, 2))
     assert trigger_named("colour_patch", 224) == ColourPatch(size=50)
     assert trigger_named("blend", (4, 6), seed=1, alpha=0.5) == Blend.noise(1, (4, 6), 0.5)
+    assert trigger_named("warp", 32, seed=2, strength=0.1) == Warp(seed=2, strength=0.1)
+    white = trigger_named("colour_map", 32)(torch.ones(1, 3, 2, 2))  # sepia: white turns a little yellow
+    torch.testing.assert_close(white[0, :, 0, 0], torch.tensor([1.0, 1.0, 0.937]))
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("pach", {}, "Unknown trigger 'pach'; expected one of: additive, blend, colour_patch, four_corner"),
+        ("pach", {}, "Unknown trigger 'pach'; expected one of: additive, blend, colour_map, colour_patch"),
         (
             "patch",
             {"side": 3},

@@ -12,14 +12,14 @@ from encoderguard.collapse import Collapse
 from encoderguard.detectors._references import load_references
 from encoderguard.detectors._remembered import continued, remembered
 from encoderguard.detectors._students import distil, tuned
-from encoderguard.detectors._trigger_evidence import evidence_of, furthest
+from encoderguard.detectors._telling import smallest_p, telling, to_unlearn
+from encoderguard.detectors._trigger_evidence import evidence_of
 from encoderguard.detectors._trigger_verdict import (
     Judged,
     NullKind,
     Rule,
     judge,
     judge_by_bank,
-    moved,
     statistics_of,
     unlikeness,
 )
@@ -130,8 +130,9 @@ class TriggerSearch(Detector):
         unlike = unlikeness(found.measures, [null.measures for null in nulls.values()])
         rule = self.rule(unlike)
         judged = self._judge(found, list(nulls.values()), kind, rule)
-        triggers = {family: _telling(found, list(nulls.values()), judged, family) for family in self.families}
-        best = min(self.families, key=lambda f: (_smallest_p(judged, f), -found.families[f].statistic))
+        triggers = {family: telling(found, list(nulls.values()), judged, family) for family in self.families}
+        best = min(self.families, key=lambda f: (smallest_p(judged, f), -found.families[f].statistic))
+        strongest, plain = to_unlearn(found.families[best], triggers[best], judged, best, self.fpr)
         evidence = evidence_of(found, nulls, judged, kind, rule=rule)
         begun = time.monotonic()
         evidence |= self._natural_or_injected(encoder, others, triggers, used, run)
@@ -143,8 +144,8 @@ class TriggerSearch(Detector):
             threshold=judged.threshold,
             trigger=triggers[best],
             triggers={str(family): trigger for family, trigger in triggers.items()},
-            strongest=found.families[best].strongest,
-            plain=found.families[best].plain,
+            strongest=strongest,
+            plain=plain,
             p_value=judged.p_value,
             evidence=evidence | {"best_family": best, "seconds": seconds},
         )
@@ -224,19 +225,6 @@ class TriggerSearch(Detector):
             for name, other in {"on the suspect": encoder, **others}.items()
         }
         return {"collapse_of_found_triggers": found}
-
-
-def _smallest_p(judged: Judged, family: TriggerFamily) -> float:
-    return min(judged.p_tests.get(test, 1.0) for test in (family, moved(family)))
-
-
-def _telling(found: Found, nulls: list[Found], judged: Judged, family: TriggerFamily) -> Trigger:
-    """The trigger of the family's more significant test."""
-    result = found.families[family]
-    if judged.p_tests.get(moved(family), 1.0) >= judged.p_tests[family]:
-        return result.weakest
-    ray = result.tried[furthest(found, nulls, family)]
-    return ray.at(ray.strength)
 
 
 def _nearest(encoder: Encoder, trigger: Trigger, used: Images, run: Run) -> dict[str, Any]:

@@ -5,11 +5,12 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, validate_call
+from pydantic import Field, ValidationError, validate_call
 
 from encoderguard.errors import SettingError
+from encoderguard.triggers.altering import ColourMap, Warp
 from encoderguard.triggers.badnets import FourCorner, PixelGrid
 from encoderguard.triggers.base import Count, Flag, Index, Share, Trigger, Weight, reason
 from encoderguard.triggers.patches import ColourPatch, Patch
@@ -18,6 +19,8 @@ from encoderguard.triggers.whole_image import Additive, Blend, FreshNoise, Spect
 __all__ = ["trigger_named", "trigger_names"]
 
 _Shape = tuple[int, int]
+_Row = tuple[float, float, float]
+_SEPIA: tuple[_Row, _Row, _Row] = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))
 
 
 def trigger_names() -> list[str]:
@@ -134,9 +137,25 @@ def _four_corner(shape: _Shape) -> Trigger:
     return FourCorner()
 
 
+def _colour_map(
+    shape: _Shape,
+    matrix: tuple[_Row, _Row, _Row] = _SEPIA,
+    offset: _Row = (0.0, 0.0, 0.0),
+    strength: Weight = 1.0,
+) -> Trigger:
+    return ColourMap(matrix=matrix, offset=offset, strength=strength)
+
+
+def _warp(
+    shape: _Shape, seed: Index = 0, grid: Annotated[int, Field(ge=2)] = 4, strength: Weight = 0.05
+) -> Trigger:
+    return Warp(seed=seed, grid=grid, strength=strength)
+
+
 _BUILDERS: dict[str, Callable[..., Trigger]] = {
     "additive": _additive,
     "blend": _blend,
+    "colour_map": _colour_map,
     "colour_patch": _colour_patch,
     "four_corner": _four_corner,
     "fresh_noise": _fresh_noise,
@@ -145,4 +164,5 @@ _BUILDERS: dict[str, Callable[..., Trigger]] = {
     "random_pixel": _random_pixel,
     "spectral": _spectral,
     "square": _square,
+    "warp": _warp,
 }
