@@ -227,6 +227,15 @@ def test_the_cost_of_training_grows_with_epochs_and_of_an_attack_with_its_images
         recipe_file(tmp_path, RECIPE.replace("width = 2", "width = 2\ncount = 200000"))
     ).cells()
     assert cost(twice[0]) == pytest.approx(2 * cost(cells[0]), rel=0.05)
+    whole, counted = (
+        read_recipe(
+            recipe_file(
+                tmp_path, RECIPE.replace("shapes", "digits").replace("width = 2", f"width = 2\n{count}")
+            )
+        ).cells()[0]
+        for count in ("", "count = 1200")
+    )
+    assert cost(whole) == cost(counted)  # the embedded digits are few
 
 
 # --- building -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ __all__ = ["CORE_SPEED", "cost", "forward_cost", "needed_sets", "plan_lines"]
 CORE_SPEED = 5e10
 """Operations per second that one processor core does in training, roughly."""
 _COUNT = 50_000  # images of a set of unknown size
+_DIGITS = 1_200  # of the embedded one
 _PROBED = 20_000  # images that an evaluation looks at, roughly
 _TRAINING = 3  # forward and backward pass, in forward passes
 
@@ -30,7 +31,8 @@ def cost(cell: Cell) -> float:
     Pre-training sees each image in two views. An attack trains on each image with and without the trigger,
     and looks at the clean encoder's features once.
     """
-    one, images = forward_cost(cell.task), cell.task.count or _COUNT
+    whole = _DIGITS if cell.task.images.startswith("digits") else _COUNT
+    one, images = forward_cost(cell.task), cell.task.count or whole
     tunes = cell.attack is not None and not cell.poisons_data
     family, name = ("attack", cell.attack) if tunes else ("pretrain", cell.pretrain)
     given = cell.settings if tunes else cell.pretrain_settings
