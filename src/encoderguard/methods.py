@@ -95,7 +95,7 @@ class Detection:
     strongest: Trigger | None = None
     """What sets the behaviour off most, where ``trigger`` is a weaker one: better to unlearn."""
     plain: Trigger | None = None
-    """A regular candidate that does nearly as much, if one was tried: to unlearn beside ``strongest``."""
+    """A regular candidate that does nearly as much, or moves features furthest: to unlearn as well."""
     p_value: float | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     """JSON values only; what a reader needs to judge the verdict."""
