@@ -1,7 +1,7 @@
 """Encoders of fresh seeds, once: is each found out, and is each purified?
 
-    encoderguard zoo build blind --packs PACKS
-    python benchmarks/blind.py zoo/blind --references zoo/small --images PACKS/cifar10:train
+    encoderguard zoo build blind --zoo runs/zoos --packs PACKS
+    python benchmarks/blind.py runs/zoos/blind --references zoo/small --images PACKS/cifar10:train
         --train PACKS/gtsrb:train --test PACKS/gtsrb:test
 
 No setting of a detector or a defense was chosen on these encoders. Each is scanned by `trigger_search`
@@ -130,6 +130,19 @@ def summary(given: argparse.Namespace) -> Row:
         high = [sign * row["score"] for cell, row in told if (cell.asr or 0) >= 0.8]
         if low and high:
             record["detectors"][part]["auroc"] = auroc(low, high)
+    keys = (
+        "name",
+        "attack",
+        "target",
+        "seed",
+        "acc",
+        "asr",
+        "clean",
+        "clean_acc",
+        "clean_asr",
+        "fingerprint",
+    )
+    record["encoders"] = [{key: getattr(cell, key) for key in keys} for cell in cells]
     return record | {"rows": list(rows.values()), "torch": torch.__version__}
 
 

@@ -28,8 +28,8 @@ CIFAR_NOTE = (
     "the last checkpoint, so its seconds count only the rest. The steps of the GTSRB story were run one by "
     "one, with MIMIC's earlier, weaker patches, some at earlier commits than the one its record names, and "
     "collected with `--resume`; of seed 1 the settings in effect are those of the recipe. CIFAR-100 and "
-    "Tiny-ImageNet are of MIMIC as it is; their seeds are of attack and defense, on the zoo's one clean encoder "
-    "of seed 0. No setting was chosen on these two."
+    "Tiny-ImageNet are of MIMIC as it is; their seeds are of attack and defense, on the zoo's "
+    "one clean encoder of seed 0. No setting was chosen on these two."
 )
 PAPER = {
     "GTSRB": ("83.37/99.09", "81.33/1.36"),
@@ -200,8 +200,7 @@ def two_stages(record: dict[str, Any]) -> list[str]:
         before, after = row["before"], row["after"]
         rates = (before["acc"], after["acc"], before["asr"], after["asr"], before["clean_asr"])
         told = " | ".join(f"{100 * rate:.1f}" for rate in rates)
-        handed = "strongest and plain" if row["handed"] == "all" else row["handed"]
-        lines.append(f"| {row['encoder']} | {handed} | {told} | {row['unlearning_seconds']:.0f} |")
+        lines.append(f"| {row['encoder']} | {row['handed']} | {told} | {row['unlearning_seconds']:.0f} |")
     return lines
 
 
