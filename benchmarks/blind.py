@@ -1,15 +1,17 @@
 """Encoders of fresh seeds, once: is each found out, and is each purified?
 
-    encoderguard zoo build blind --zoo runs/zoos --packs PACKS
-    python benchmarks/blind.py runs/zoos/blind --references zoo/small --images PACKS/cifar10:train
+    encoderguard zoo build blind --packs PACKS
+    python benchmarks/blind.py zoo/blind --references zoo/small --images PACKS/cifar10:train
         --train PACKS/gtsrb:train --test PACKS/gtsrb:test
 
-No setting of a detector or a defense was chosen on these encoders. Each is scanned by `trigger_search`
-beside the clean encoders of another zoo, and by DECREE; SSLDefender purifies the backdoored ones, by its own
-search (``own``) and from what the scan found (``scan``). Triggers, targets and labels come in to judge only.
-Rows are kept as they finish in ``results/blind.jsonl``, so several processes may share the work (``--parts``,
-``--encoders``) and a stopped run goes on; ``results/blind.json`` sums up. About a minute of one core a scan
-and three a purification.
+No setting of a detector or a defense was chosen on these encoders before they were searched (``search``).
+Each is scanned by `trigger_search` beside the clean encoders of another zoo, and by DECREE; SSLDefender
+purifies the backdoored ones, by its own search (``own``) and from what the scan found (``scan``).
+Triggers, targets and labels come in to judge only. The first search of ``blind`` accused clean encoders,
+so the rule was changed: ``again`` is the same by the rule of now, no longer blind; ``zoo/fresh`` was
+trained after that. Rows are kept as they finish in ``results/ZOO.jsonl``, so several processes may share
+the work (``--parts``, ``--encoders``) and a stopped run goes on; ``results/ZOO.json`` sums up. About a
+minute of one core a scan and three a purification.
 """
 
 import argparse
@@ -29,7 +31,6 @@ from encoderguard.storage import write_text
 from encoderguard.zoo import Entry, read_manifest
 
 RESULTS = Path(__file__).parent / "results"
-LINES = RESULTS / "blind.jsonl"
 Row = dict[str, Any]
 
 
@@ -99,6 +100,7 @@ def after_scan(entry: Entry, given: argparse.Namespace) -> Row:
 
 PARTS: dict[str, Callable[[Entry, argparse.Namespace], Row]] = {
     "search": searched,
+    "again": searched,
     "decree": decree,
     "none": before,
     "scan": after_scan,
@@ -107,17 +109,17 @@ PARTS: dict[str, Callable[[Entry, argparse.Namespace], Row]] = {
 OF_ATTACKED = ("none", "scan", "own")
 
 
-def known() -> list[Row]:
+def known(lines: Path) -> list[Row]:
     """The rows so far."""
-    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
 
 def summary(given: argparse.Namespace) -> Row:
     """Who was found, who was accused, what was left."""
-    rows = {(row["encoder"], row["part"]): row for row in known()}
+    rows = {(row["encoder"], row["part"]): row for row in known(given.lines)}
     cells = [cell for cell in read_manifest(given.zoo).cells if cell.status == "built"]
     record: Row = {"zoo": str(given.zoo), "references": str(given.references), "detectors": {}}
-    for part in ("search", "decree"):
+    for part in ("search", "again", "decree"):
         told = [(cell, rows[cell.name, part]) for cell in cells if (cell.name, part) in rows]
         for kind, some in (
             ("clean", [row for cell, row in told if cell.attack is None]),
@@ -125,7 +127,7 @@ def summary(given: argparse.Namespace) -> Row:
         ):
             counts = dict(Counter(str(row["verdict"]) for row in some))
             record["detectors"].setdefault(part, {})[kind] = counts
-        sign = 1 if part == "search" else -1  # a small score is suspicious to DECREE
+        sign = -1 if part == "decree" else 1  # a small score is suspicious to DECREE
         low = [sign * row["score"] for cell, row in told if cell.attack is None]
         high = [sign * row["score"] for cell, row in told if (cell.asr or 0) >= 0.8]
         if low and high:
@@ -155,11 +157,12 @@ def main() -> None:
     parser.add_argument("--references", type=Path, required=True, help="folder of another zoo")
     for name in ("--images", "--train", "--test"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["search", "decree"])
     parser.add_argument("--encoders", nargs="+")
     parser.add_argument("--work", type=Path, default=Path("runs/blind"), help="folder of the scans")
     parser.add_argument("--count", type=int, default=2000, help="images that the defense gets")
     given = parser.parse_args()
+    given.lines = RESULTS / f"{given.zoo.name}.jsonl"
     given.images = load_images(given.images)
     given.train, given.test = (
         load_images(spec, size=given.images.shape[0], labels=True) for spec in (given.train, given.test)
@@ -168,14 +171,14 @@ def main() -> None:
     for part in given.parts:
         for cell in cells:
             chosen = given.encoders is None or cell.name in given.encoders
-            there = any((row["encoder"], row["part"]) == (cell.name, part) for row in known())
+            there = any((row["encoder"], row["part"]) == (cell.name, part) for row in known(given.lines))
             if not chosen or there or (part in OF_ATTACKED and cell.attack is None):
                 continue
             row = {"encoder": cell.name, "part": part} | PARTS[part](cell, given)
             print({key: value for key, value in row.items() if key != "reason"}, flush=True)
-            with LINES.open("a") as file:
+            with given.lines.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    write_text(RESULTS / "blind.json", json.dumps(summary(given), indent=1) + "\n")
+    write_text(given.lines.with_suffix(".json"), json.dumps(summary(given), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._telling import telling, to_unlearn
 from encoderguard.detectors._trigger_verdict import (
     Rule,
+    excess_displacement,
     judge,
     judge_by_bank,
     score_of,
@@ -306,10 +307,17 @@ def test_the_second_test_is_the_largest_ratio_less_the_median_over_all_candidate
     def measures(*patches: float) -> Measures:
         return Measures(curves={"patch": 0.1}, displacements={"patch": patches})
 
-    clean = [measures(0.07, 0.17, 0.37), measures(0.07, 0.17, 0.37)]
-    values, nulls = statistics_of(measures(0.17, 0.77, 0.77), clean)  # ratios of .2/.1, .8/.2, .8/.4
+    clean = [measures(0.0, 0.1, 0.3), measures(0.0, 0.1, 0.3)]
+    values, nulls = statistics_of(measures(0.1, 0.7, 0.7), clean)  # ratios of .2/.1, .8/.2, .8/.4
     assert values == {"patch": 0.1, "patch, displacement": pytest.approx(math.log(4 / 2))}
     assert [null["patch, displacement"] for null in nulls] == pytest.approx([0, 0])
+
+
+def test_ten_times_next_to_nothing_counts_less_than_twice_much() -> None:
+    # .096 beside .01 was seen of a clean encoder under a wave
+    little, much = excess_displacement([0.096, 0.7], [[0.01, 0.3]])
+    assert little == pytest.approx(math.log(0.196 / 0.11))
+    assert little < much == pytest.approx(math.log(2))
 
 
 def test_the_second_test_needs_two_clean_encoders_and_whole_banks() -> None:

@@ -5,8 +5,16 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
-from encoderguard.detectors._trigger_verdict import Judged, NullKind, Rule, moved, score_of, statistics_of
-from encoderguard.nulls import log_ratios, resolution
+from encoderguard.detectors._trigger_verdict import (
+    Judged,
+    NullKind,
+    Rule,
+    excess_displacement,
+    moved,
+    score_of,
+    statistics_of,
+)
+from encoderguard.nulls import resolution
 from encoderguard.rays import LEVELS, UNITS, TriggerFamily
 from encoderguard.search.found import Found
 
@@ -117,7 +125,7 @@ def _moved(
 def furthest(found: Found, nulls: Sequence[Found], family: TriggerFamily) -> int:
     """Which candidate of the bank moves the features furthest beside the clean encoders."""
     banks = [null.families[family].displacements for null in nulls]
-    ratios = log_ratios(found.families[family].displacements, banks)
+    ratios = excess_displacement(found.families[family].displacements, banks)
     return max(range(len(ratios)), key=ratios.__getitem__)
 
 

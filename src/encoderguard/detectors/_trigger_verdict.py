@@ -13,6 +13,7 @@ __all__ = [
     "Judged",
     "NullKind",
     "Rule",
+    "excess_displacement",
     "judge",
     "judge_by_bank",
     "moved",
@@ -27,6 +28,8 @@ _CLEAR = 4
 _MOVED = ", displacement"
 _UNLIKE = 2.0
 """From here on a suspect counts as another kind of encoder than the clean ones."""
+_NEGLIGIBLE = 0.1
+"""Displacements well below this count as none: what moves images so little sends none to another class."""
 _FEWEST = 2
 """Clean encoders below which their spread is an assumption, and no verdict rests on it."""
 
@@ -86,7 +89,7 @@ def statistics_of(
     """Statistics by test, of an encoder and of the clean ones it is judged beside.
 
     A family has two tests: its curve of collapse, and its displacement, how much further than in clean
-    encoders the same candidate of the bank moves the features: the largest ``log_ratios`` of displacements,
+    encoders the same candidate of the bank moves the features: the largest of ``excess_displacement``,
     less their median over the whole bank, because some encoders are more sensitive to everything. A clean
     encoder's own value is taken beside the other clean ones, so the second test needs two of them; and whole
     banks.
@@ -117,6 +120,15 @@ def unlikeness(found: Measures, nulls: Sequence[Measures]) -> float:
     return _quartiles(found.displacements, banks) / scale if scale > 0 else 1.0
 
 
+def excess_displacement(values: Sequence[float], references: Sequence[Sequence[float]]) -> list[float]:
+    """Candidate by candidate: how much further than in the clean encoders it moves features, a log ratio.
+
+    To all displacements a tenth of that between unrelated images is added, so that what moves nothing much
+    is not compared: three times next to nothing is next to nothing.
+    """
+    return log_ratios(values, references, offset=_NEGLIGIBLE)
+
+
 def _quartiles(own: Mapping[str, Sequence[float]], others: Sequence[Mapping[str, Sequence[float]]]) -> float:
     ratios = [
         ratio
@@ -137,7 +149,7 @@ def _furthest(
     own: Mapping[str, Sequence[float]], others: Sequence[Mapping[str, Sequence[float]]]
 ) -> dict[str, float]:
     ratios = {
-        family: log_ratios(values, [other[family] for other in others])
+        family: excess_displacement(values, [other[family] for other in others])
         for family, values in own.items()
         if values
     }
