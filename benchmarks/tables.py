@@ -186,6 +186,41 @@ def other_methods(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+BLIND = {
+    "search": "trigger search",
+    "again": "trigger search, its rule changed after that",
+    "decree": "DECREE",
+}
+
+
+def blind(record: dict[str, Any]) -> list[str]:
+    """Encoders of fresh seeds: what was said of each, and what purification left."""
+    rows = {(row["encoder"], row["part"]): row for row in record["rows"]}
+    parts = {part: title for part, title in BLIND.items() if any(key[1] == part for key in rows)}
+    lines = [
+        f"`python benchmarks/blind.py {record['zoo']} --references {record['references']}`",
+        "",
+        f"| encoder | ASR % (clean one) | {' | '.join(parts.values())} | purified from the scan: ACC/ASR % |",
+        "|---" * (len(parts) + 3) + "|",
+    ]
+    for cell in record["encoders"]:
+        name, own = cell["name"], "-"
+        if cell["attack"]:
+            own = f"{100 * cell['asr']:.1f} ({100 * cell['clean_asr']:.1f})"
+        told = []
+        for part in parts:
+            row = rows.get((name, part))
+            p = "" if row is None or part == "decree" else f", p {row['p_value']:.2g}"
+            told.append("-" if row is None else f"{row['verdict']}{p}")
+        before, after = rows.get((name, "none")), rows.get((name, "scan"))
+        ended = "-"
+        if before and after:
+            pairs = (f"{100 * row['acc']:.1f}/{100 * row['asr']:.1f}" for row in (before, after))
+            ended = " to ".join(pairs)
+        lines.append(f"| {name} | {own} | {' | '.join(told)} | {ended} |")
+    return lines
+
+
 def two_stages(record: dict[str, Any]) -> list[str]:
     """A scan's trigger, unlearnt."""
     lines = [
@@ -252,6 +287,10 @@ def main() -> None:
     others = load("other_methods")
     if others:
         lines += ["", "## Clean encoders of other methods than their references", "", *other_methods(others)]
+    for name in ("blind", "fresh"):
+        record = load(name)
+        if record:
+            lines += ["", f"## Encoders of fresh seeds ({name})", "", *blind(record)]
     stages = load("scan_then_unlearn")
     if stages:
         lines += ["", "## A scan's trigger, unlearnt by SSLDefender", "", *two_stages(stages)]
