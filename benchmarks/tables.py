@@ -198,7 +198,9 @@ def blind(record: dict[str, Any]) -> list[str]:
     rows = {(row["encoder"], row["part"]): row for row in record["rows"]}
     parts = {part: title for part, title in BLIND.items() if any(key[1] == part for key in rows)}
     lines = [
-        f"`python benchmarks/blind.py {record['zoo']} --references {record['references']}`",
+        f"`python benchmarks/blind.py {record['zoo']} --references {record['references']} "
+        "--images PACKS/cifar10:train --train PACKS/gtsrb:train --test PACKS/gtsrb:test`, the zoo "
+        "built from its recipe before; `--parts` names what is not done by default.",
         "",
         f"| encoder | ASR % (clean one) | {' | '.join(parts.values())} | purified from the scan: ACC/ASR % |",
         "|---" * (len(parts) + 3) + "|",

@@ -31,7 +31,7 @@ def cost(cell: Cell) -> float:
     Pre-training sees each image in two views. An attack trains on each image with and without the trigger,
     and looks at the clean encoder's features once.
     """
-    whole = _DIGITS if cell.task.images.startswith("digits") else _COUNT
+    whole = _DIGITS if cell.task.images.partition(":")[0] == "digits" else _COUNT
     one, images = forward_cost(cell.task), cell.task.count or whole
     tunes = cell.attack is not None and not cell.poisons_data
     family, name = ("attack", cell.attack) if tunes else ("pretrain", cell.pretrain)
