@@ -88,6 +88,7 @@ SHORT: dict[str, dict[str, object]] = {
         "lr": 1e-3,
     },
     "defense neural_cleanse": {
+        "objective": "universal",
         "feature_space": "standardised",
         "beta": 0.1,
         "restarts": 1,

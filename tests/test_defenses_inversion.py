@@ -306,7 +306,9 @@ def test_what_is_left_of_an_effect() -> None:
 
 
 def test_the_pruned_channels_are_zero_in_the_weights() -> None:
-    method = NeuralCleanse(**_search(), form="prune", prune_step=0.25, utility_floor=0.0, tolerance=0.0)
+    method = NeuralCleanse(
+        **_search(), objective="universal", form="prune", prune_step=0.25, utility_floor=0.0, tolerance=0.0
+    )
     done = method.purify(encoder(), pictures(), run=run())
     pruned = done.evidence["pruned"]
     assert any(pruned.values())
@@ -334,10 +336,9 @@ def _search() -> dict[str, Any]:
     [
         ANP(steps=2, batch_size=8, threshold_step=0.5),
         DecreeUnlearn(**_search(), epochs=1, utility_floor=0),
-        NeuralCleanse(**_search(), epochs=1, utility_floor=0),
-        NeuralCleanse(**_search(), form="prune", prune_step=0.5, utility_floor=0),
+        NeuralCleanse(**_search(), objective="universal", epochs=1, utility_floor=0),
+        NeuralCleanse(**_search(), objective="universal", form="prune", prune_step=0.5, utility_floor=0),
         NeuralCleanse(
-            objective="clusters",
             clusters=3,
             success=0.1,
             search_steps=2,
@@ -360,7 +361,7 @@ def test_networks_without_batchnorm_work(method: Defense) -> None:
     "method",
     [
         DecreeUnlearn(**(_search() | {"beta": 0.999999, "search_steps": 1})),
-        NeuralCleanse(**(_search() | {"beta": 0.999999, "search_steps": 1})),
+        NeuralCleanse(**(_search() | {"objective": "universal", "beta": 0.999999, "search_steps": 1})),
         MOTH(clusters=3, rounds=1, search_steps=1, pair_steps=1, success=1.0, largest=1e-6, batch_size=8),
     ],
     ids=lambda method: method.name,

@@ -75,8 +75,8 @@ def left_over(stamped: float, clean: float) -> float:
 class NeuralCleanse(Defense):
     """Finds the smallest trigger, then makes the encoder ignore it in one of the paper's two ways.
 
-    Departs from the paper, which needs classes: the trigger makes all images look alike, or moves them into
-    one cluster of clean images. Unlearning draws stamped images to the suspect's features of the clean ones,
+    Departs from the paper, which needs classes: clusters of clean images stand for them, or the trigger makes
+    all images look alike. Unlearning draws stamped images to the suspect's features of the clean ones,
     where the paper has labels. Pruning is inside the encoder's last stage, not in front of a classifier, and
     ends when the trigger's effect is gone or the utility would break. BackdoorBench's code unlearns.
     """
@@ -92,8 +92,8 @@ class NeuralCleanse(Defense):
 
     form: Literal["unlearn", "prune"] = "unlearn"
     """What is done with the trigger."""
-    objective: Literal["universal", "clusters"] = "universal"
-    """One trigger that makes all images look alike, or one per cluster of clean images."""
+    objective: Literal["universal", "clusters"] = "clusters"
+    """One trigger per cluster of clean images, or one that makes all images look alike."""
     clusters: Clusters = 10
     """Clusters of clean images, for ``clusters``."""
     threshold: Annotated[float, Field(gt=0)] = 2.0
