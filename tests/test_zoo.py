@@ -257,7 +257,7 @@ def test_a_zoo_holds_small_bundles_that_load_and_an_honest_manifest(finished: Pa
         assert entry.asr is not None
         assert entry.clean_asr is not None
         assert entry.asr_all is not None
-        assert entry.band == band(entry.asr)
+        assert entry.band == band(entry.asr, entry.clean_asr)
         load_trigger(folder / str(entry.trigger_file))
     for entry in manifest.cells:
         assert load_encoder(str(folder / str(entry.bundle))).fingerprint == entry.fingerprint
@@ -539,19 +539,21 @@ def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asr", "label"),
+    ("asr", "clean_asr", "label"),
     [
-        (None, None),
-        (1.0, "strong"),
-        (0.95, "strong"),
-        (0.949, "medium"),
-        (0.5, "medium"),
-        (0.1, "weak"),
-        (0.099, "failed"),
+        (None, None, None),
+        (1.0, None, "strong"),
+        (0.95, 0.05, "strong"),
+        (0.949, 0.05, "medium"),
+        (0.5, 0.05, "medium"),
+        (0.12, 0.01, "weak"),
+        (0.099, None, "failed"),
+        (0.996, 0.972, "failed"),
+        (0.6, 0.45, "medium"),
     ],
 )
-def test_bands(asr: float | None, label: str | None) -> None:
-    assert band(asr) == label
+def test_bands(asr: float | None, clean_asr: float | None, label: str | None) -> None:
+    assert band(asr, clean_asr) == label
 
 
 def test_float16_bundles_hold_rounded_kernels_and_whole_vectors(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def entry_of(cell: Cell, trained: Record, judged: Record, files: Files) -> Entry
         downstream=_downstream(cell, judged),
         training={"epochs": trained.settings.get("epochs"), "last": _last(trained)},
         **{name: getattr(judged, name) for name in _MEASURES},
-        band=band(judged.asr),
+        band=band(judged.asr, judged.clean_asr),
         bundle=files.bundle.name,
         bundle_sha256=sha256_of(files.bundle),
         bundle_bytes=files.bundle.stat().st_size,

@@ -24,15 +24,22 @@ __all__ = [
 MANIFEST = "manifest.json"
 FORMAT = "encoderguard.zoo/1"
 _BANDS = ((0.95, "strong"), (0.5, "medium"), (0.1, "weak"))
+_ABOVE_CLEAN = 0.1
 _VOLATILE = {"error", "run"}
 
 Values = dict[str, Any]
 
 
-def band(asr: float | None) -> str | None:
-    """How well a backdoor works: strong from 95 %, medium from 50 %, weak from 10 %, else failed."""
+def band(asr: float | None, clean_asr: float | None = None) -> str | None:
+    """How well a backdoor works: strong from 95 %, medium from 50 %, weak from 10 %, else failed.
+
+    Failed too if the clean encoder's ASR under the same trigger is less than 10 points lower: then the
+    trigger does the work, not the backdoor.
+    """
     if asr is None:
         return None
+    if clean_asr is not None and asr - clean_asr < _ABOVE_CLEAN:
+        return "failed"
     return next((label for least, label in _BANDS if asr >= least), "failed")
 
 

@@ -74,7 +74,8 @@ def _tables(manifest: Manifest) -> Iterator[Block]:
         rows=table_rows(manifest.cells),
         caption="ACC and ASR downstream, of the stored float16 bundles. ASR counts test images of other "
         "classes than the target; clean ASR is that of the clean encoder under the same trigger. "
-        "Backdoor: strong from 95 % ASR, medium from 50 %, weak from 10 %, failed below.",
+        "Backdoor: strong from 95 % ASR, medium from 50 %, weak from 10 %; failed below, or less than "
+        "10 points above clean ASR.",
     )
     failed = [[entry.name, str(entry.error)] for entry in manifest.cells if entry.status == "failed"]
     if failed:
