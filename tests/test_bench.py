@@ -25,9 +25,10 @@ from encoderguard.bench.page import tables_of, verify, verify_all, write_pages
 from encoderguard.bench.plan import Cell, Plan
 from encoderguard.bench.planner import make_plan
 from encoderguard.bench.run import plans, run_bench
-from encoderguard.bench.store import Store
+from encoderguard.bench.store import CELL, Store
 from encoderguard.bench.suite import Choice, Size, Suite, load_suite, size_named, suite_names
 from encoderguard.bench.tables import _auroc, compared, sheets, spread
+from encoderguard.cli import main
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError, UsageError
 from encoderguard.images import ImageSet
@@ -288,6 +289,25 @@ def test_nothing_is_computed_twice(finished: Path) -> None:
         stop=StopSignal(),
     )
     assert (len(outcome.kept), outcome.computed) == (len(plan().cells()), [])
+
+
+def test_a_dry_run_computes_nothing_and_counts_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "run", "mimic-table3", "--size", "tiny", "--out", str(tmp_path / "out"), "--dry-run"]
+    cells = plans(["mimic-table3"], "tiny", Places())[0].cells()
+
+    def said() -> str:
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    assert f"mimic-table3: {len(cells)} cells, 0 in the store" in said()
+    assert not list(tmp_path.iterdir())
+    for cell in cells[:2]:
+        folder = Store(tmp_path / "out" / "store").folder(cell)
+        folder.mkdir(parents=True)
+        (folder / CELL).touch()
+    assert f"mimic-table3: {len(cells)} cells, 2 in the store" in said()
 
 
 @pytest.mark.parametrize("harm", ["bundle", "cell", "missing"])

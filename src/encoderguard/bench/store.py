@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows: two runs at once on one store may then compute a cell twice
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CELL", "Store", "file_digest", "sweep", "title"]
+__all__ = ["CELL", "Store", "count_finished", "file_digest", "sweep", "title"]
 
 CELL = "cell.json"
 """Written last: a folder without it is not finished."""
@@ -36,7 +36,7 @@ class Store:
 
     def folder(self, cell: Cell) -> Path:
         """Where the cell's files are or will be."""
-        return self.root / "cells" / cell.key[:2] / cell.key
+        return _place(self.root, cell)
 
     def done(self, cell: Cell) -> bool:
         """Whether the cell is there and whole; a broken one is set aside, to be computed again.
@@ -139,6 +139,11 @@ class Store:
         return None
 
 
+def count_finished(root: Path, cells: Iterable[Cell]) -> int:
+    """How many of the cells a store below ``root`` has; looks only: none is checked, no folder is made."""
+    return sum((_place(root, cell) / CELL).is_file() for cell in cells)
+
+
 def title(cell: Cell) -> str:
     """The cell in words, such as ``purify mimic (seed 0)``."""
     return f"{cell.job} {cell.method} (seed {cell.seed})"
@@ -154,6 +159,10 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; nobody else may write there now."""
     for path in [*folder.glob(".*.part"), *folder.glob(".probe-*")]:
         path.unlink(missing_ok=True)
+
+
+def _place(root: Path, cell: Cell) -> Path:
+    return root / "cells" / cell.key[:2] / cell.key
 
 
 def _locked(path: Path) -> int:

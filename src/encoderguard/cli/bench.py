@@ -1,13 +1,17 @@
 """The benchmark from the command line."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from encoderguard.cli.options import DetectorName, References, Settings, parse_settings
 from encoderguard.cli.running import guarded, say, watched
+
+if TYPE_CHECKING:
+    from encoderguard.bench.plan import Plan
 
 __all__ = ["bench", "scan_fleet"]
 
@@ -62,11 +66,8 @@ def run(
             device=device,
         )
         if dry_run:
-            for plan in plans(suites, size, places, zoo=zoo, victims=victim or ()):
-                print(f"{plan.suite.name}: {len(plan.cells())} cells, {len(plan.rows)} rows")
-                for line in plan.missing:
-                    print(f"  {line}")
-            return 0
+            planned = plans(suites, size, places, zoo=zoo, victims=victim or ())
+            return _show_plans(planned, store or out / "store")
         with watched() as (progress, stop):
             pages, outcome = run_bench(
                 suites,
@@ -90,6 +91,18 @@ def run(
         return 0
 
     return guarded(work)
+
+
+def _show_plans(planned: "Sequence[Plan]", store: Path) -> int:
+    from encoderguard.bench.store import count_finished
+
+    for plan in planned:
+        cells = plan.cells()
+        there = count_finished(store, cells)
+        print(f"{plan.suite.name}: {len(cells)} cells, {there} in the store, {len(plan.rows)} rows")
+        for line in plan.missing:
+            print(f"  {line}")
+    return 0
 
 
 @bench.command("list")
