@@ -19,10 +19,10 @@ from encoderguard.generators import StatisticsNetworks, SubGenerators, dv_bound,
 from encoderguard.images import ImageSet
 from encoderguard.losses import random_directions, sliced_wasserstein2
 from encoderguard.random import Rng, isolated
-from encoderguard.rays import FAMILIES
+from encoderguard.rays import FAMILIES, Ray
 from encoderguard.recovery import RecoveryPlan, alternating, hinge, recover
 from encoderguard.run import Run, Stopped, StopSignal
-from encoderguard.search import Suspicion
+from encoderguard.search import FamilyResult, Found, Suspicion, suspicion
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.triggers import MaskedPattern, Patch, load_found, load_trigger, save_trigger
 from encoderguard.unlearning import UnlearningLoss
@@ -343,6 +343,89 @@ def test_a_search_takes_the_place_of_the_sub_generators() -> None:
     assert not any(name.startswith("recovery") for name in done.history)
     again = defense.purify(planted(), noise(), run=RUN)
     assert again.encoder.fingerprint == done.encoder.fingerprint
+
+
+class Mirroring(Planted):
+    """Of a picture with a bright place the mirrored features: moved as far as can be, and no more alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = F.avg_pool2d(x.mean(1, keepdim=True), 4, 1).flatten(1).amax(1, keepdim=True)
+        gate = torch.sigmoid(self.gain * (bright - self.edge))
+        features: Tensor = (1 - 2 * gate) * self.content(F.adaptive_avg_pool2d(x, 4).flatten(1) - 0.5)
+        return features
+
+
+def test_the_search_sees_what_moves_features_without_making_them_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("encoderguard.search.TYPICAL", dict.fromkeys(FAMILIES, 2.0))  # collapse is ordinary
+    found = suspicion(planted(Mirroring()), noise(), run=RUN)
+    assert found.excess["patch, displacement"] > 1
+    pixels, encoder = floats(noise()), planted(Mirroring()).frozen()
+    for trigger in found.triggers[: list(found.excess).index("patch, displacement") + 1]:
+        assert F.cosine_similarity(encoder(trigger(pixels)), encoder(pixels)).mean() < -0.5
+    assert not any(
+        "displacement" in test for test in suspicion(encoder, noise(), run=RUN, moves=False).excess
+    )
+
+
+def family(collapse: float, displacements: list[float], plain: Patch | None = None) -> FamilyResult:
+    """What a search found: the curve is of one level, the bank's candidates are patches of 1, 2, ... px."""
+    strongest = Patch(size=9, margin=1, value=1.0)
+    rays = [
+        Ray(
+            family="patch", label=f"{px}", strength=px, at=lambda px: Patch(size=int(px), margin=1, value=0.5)
+        )
+        for px in range(1, len(displacements) + 1)
+    ]
+    return FamilyResult(
+        displacements=displacements,
+        tried=rays,
+        curve=[math.tanh(collapse)],
+        measured=[math.tanh(collapse)],
+        best={1.0: (collapse, strongest)},
+        plain=plain,
+    )
+
+
+@pytest.mark.parametrize(
+    ("patch", "noise_family", "excess", "sizes"),
+    [
+        # nothing moves far: the family that collapses furthest, whatever it is, and no other below half of it
+        (family(0.37, [0.4, 0.3]), family(0.30, [0.1]), {"patch": 0.10}, [9]),
+        (family(0.77, [0.4, 0.3]), family(0.60, [0.1]), {"patch": 0.5, "noise": 0.34}, [9, 9]),
+        # nothing collapses, and a patch of 2 px moves features 2.2 times as far as any does in clean ones
+        (family(0.37, [0.4, 1.0]), family(0.30, [0.1]), {"patch, displacement": math.log(1.1 / 0.5)}, [2]),
+        # nor does the other family's candidate stand back
+        (
+            family(0.37, [0.4, 1.0]),
+            family(0.30, [0.4]),
+            {"patch, displacement": math.log(1.1 / 0.5), "noise, displacement": math.log(0.5 / 0.28)},
+            [2, 1],
+        ),
+        # what collapses goes before what only moves
+        (
+            family(0.77, [0.4, 1.0], plain=Patch(size=3, margin=1, value=0.5)),
+            family(0.30, [0.1]),
+            {"patch": 0.5},
+            [9, 3],
+        ),
+    ],
+)
+def test_what_stands_out_is_unlearnt(
+    monkeypatch: pytest.MonkeyPatch,
+    patch: FamilyResult,
+    noise_family: FamilyResult,
+    excess: dict[str, float],
+    sizes: list[int],
+) -> None:
+    found = Found(
+        families={"patch": patch, "noise": noise_family}, seconds={}, images_passed=0, complete=True
+    )
+    monkeypatch.setattr("encoderguard.search.search", lambda *given, **more: found)
+    told = suspicion(planted(), noise(), run=RUN)
+    assert told.excess == pytest.approx(excess)
+    assert [trigger.size for trigger in told.triggers if isinstance(trigger, Patch)] == sizes
 
 
 def test_a_round_in_which_nothing_stands_out_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

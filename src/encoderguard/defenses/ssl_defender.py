@@ -19,7 +19,7 @@ from encoderguard.recovery import RecoveryPlan, Stamp, Turns, alternating, recov
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run
-from encoderguard.search import suspicion
+from encoderguard.search import STANDS_OUT, suspicion
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.training import Plan
 from encoderguard.triggers import Trigger, load_found
@@ -77,10 +77,6 @@ _PRESETS: dict[Mode, dict[str, Any]] = {
 }
 
 
-_STANDS_OUT = 0.25
-"""A further round unlearns nothing of a smaller excess: the margin of trigger_search."""
-
-
 @register
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +107,7 @@ class SSLDefender(Defense):
     cost: ClassVar[str] = "one trigger search and one fine-tuning"
     blind_spots: ClassVar[str] = (
         "What the recovery does not find is not unlearnt: triggers that differ from image to image, or that "
-        "do not make images look alike."
+        "neither make images look alike nor move them further than a clean encoder does."
     )
 
     mode: Mode = "default"
@@ -214,8 +210,8 @@ class SSLDefender(Defense):
         left: dict[str, float] | None = None
         for number in range(1 if given else self.rounds):
             part = run.child("round", number)
-            source = known(given) if given else self._recovered(start, repair.images, part)
-            if rounds and source.excess and max(source.excess.values()) < _STANDS_OUT:
+            source = known(given) if given else self._recovered(start, repair.images, part, first=not rounds)
+            if rounds and source.excess and max(source.excess.values()) < STANDS_OUT:
                 left = source.excess
                 break
             stamps.append(source.stamp)
@@ -245,10 +241,11 @@ class SSLDefender(Defense):
         }
         return Purified(encoder=done.encoder, history=history, evidence=evidence, trigger=shown)
 
-    def _recovered(self, start: Encoder, images: ImageSet, run: Run) -> Source:
+    def _recovered(self, start: Encoder, images: ImageSet, run: Run, *, first: bool) -> Source:
         if self.recovery == "search":
-            found = suspicion(start, images, run=run.child("search"))
-            return known(found.triggers, {str(family): value for family, value in found.excess.items()})
+            # a candidate moves features of some clean encoders further than of others: not worth a round
+            found = suspicion(start, images, run=run.child("search"), moves=first)
+            return known(found.triggers, found.excess)
         plan = self._recovery(start, images, run)
         learnt = recover(start, images, plan, run=run.child("recover"))
         curves = {f"recovery/{name}": curve for name, curve in learnt.history.items()}
