@@ -20,7 +20,7 @@ from encoderguard.bench.figures import figures
 from encoderguard.bench.leaderboard import leaderboard, write_leaderboard
 from encoderguard.bench.local import attempt
 from encoderguard.bench.notation import as_csv, as_latex, as_markdown
-from encoderguard.bench.outcome import collect, write_result
+from encoderguard.bench.outcome import collect, numbers, write_result
 from encoderguard.bench.page import tables_of, verify, verify_all, write_pages
 from encoderguard.bench.plan import Cell, Plan
 from encoderguard.bench.planner import make_plan
@@ -289,6 +289,14 @@ def test_nothing_is_computed_twice(finished: Path) -> None:
         stop=StopSignal(),
     )
     assert (len(outcome.kept), outcome.computed) == (len(plan().cells()), [])
+
+
+def test_seconds_of_a_resumed_cell_are_not_a_speed() -> None:
+    record = {"method_seconds": 42.0, "peak_memory_bytes": 7}
+    whole = numbers({"purify": {"record": record}, "scan": {"record": record}})
+    assert (whole["seconds"], whole["memory"]) == (42.0, 7)
+    for role in ("purify", "scan"):
+        assert numbers({role: {"record": record | {"resumed": True}}})["seconds"] is None
 
 
 def test_a_dry_run_computes_nothing_and_counts_what_is_there(

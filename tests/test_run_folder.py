@@ -90,6 +90,7 @@ def test_a_killed_run_resumes_to_where_an_unbroken_one_ends(tmp_path: Path) -> N
     resumed = pretrain_until(100, tmp_path / "broken", resume=True)
     unbroken = pretrain_until(100, tmp_path / "whole")
     assert resumed.encoder.fingerprint == unbroken.encoder.fingerprint
+    assert (resumed.record.resumed, unbroken.record.resumed) == (True, False)
     assert resumed.record.history == unbroken.record.history
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 

@@ -21,7 +21,7 @@ _SCHEMA = 1
 _POINTS = 200
 """Of a map that are kept."""
 _INCIDENTAL = {"created", "seconds", "method_seconds", "commit", "dirty", "spec", "folder"}
-_INCIDENTAL |= {"source", "peak_memory_bytes", "peak_device_memory_bytes"}
+_INCIDENTAL |= {"resumed", "source", "peak_memory_bytes", "peak_device_memory_bytes"}
 
 
 def collect(plan: Plan, store: Store, outcome: Outcome) -> dict[str, Any]:
@@ -81,15 +81,20 @@ def numbers(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             found |= {n: record.get(n) for n in ("acc", "asr", "asr_all", "clean_acc", "clean_asr")}
             found |= {"map": held["map"]} if "map" in held else {}
         elif role == "purify":
-            found |= {"seconds": record.get("method_seconds"), "memory": record.get("peak_memory_bytes")}
+            found |= {"seconds": _seconds(record), "memory": record.get("peak_memory_bytes")}
             found["overlap"] = (record.get("fidelity") or {}).get("neighbour_overlap")
         elif role == "scan":
             found |= {n: record.get(n) for n in ("verdict", "score", "threshold", "p_value")}
-            found["seconds"] = record.get("method_seconds")
+            found["seconds"] = _seconds(record)
             found["flagged"] = (record.get("evidence") or {}).get("flagged", "below")
         elif role == "profile":
             found["profiles"] = record["profiles"]
     return found
+
+
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    """Of the method; of a resumed run only the last part is known, which is no speed."""
+    return None if record.get("resumed") else record.get("method_seconds")
 
 
 def comparable(facts: Any) -> Any:

@@ -167,6 +167,7 @@ class Job(Generic[R]):
                 "images": None if images is None else images.digest,
             }
             self.folder.begin(same | identity)
+            self.note(resumed=bool(self.folder.checkpoints()))
 
     def perform(self, work: Callable[..., T], *args: Any, part: str | None = None, **kwargs: Any) -> T:
         """``work(*args, run=..., **kwargs)``, timed, on as many devices as were asked for.

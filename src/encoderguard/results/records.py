@@ -86,6 +86,8 @@ class Record(_Part):
     """Wall clock of the whole job, loading included."""
     method_seconds: float | None = None
     """Wall clock of the method alone."""
+    resumed: bool = False
+    """Whether the run continued an unfinished one, whose seconds and memory are not counted."""
     peak_memory_bytes: int | None = None
     """Largest resident size of the process until the job ended; of several, of the first that trained."""
     peak_device_memory_bytes: int | None = None
