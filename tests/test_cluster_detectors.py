@@ -1,9 +1,12 @@
 """ABS and SSL-Cleanse on an encoder: indices, elbows and shares by hand, planted patches, misuse."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from encoderguard.cluster_search import share_moved
@@ -15,11 +18,18 @@ from encoderguard.clusters import (
     outlier_indices,
     require_spread,
 )
-from encoderguard.detectors._neurons import invert_neurons, keep_largest, set_channels, stimulate
+from encoderguard.detectors._neurons import (
+    COLLAPSE,
+    Goal,
+    invert_neurons,
+    keep_largest,
+    set_channels,
+    stimulate,
+)
 from encoderguard.detectors.abs import ABS, judge_share, wilson
 from encoderguard.detectors.ssl_cleanse import SSLCleanse, cluster_indices
 from encoderguard.encoder import Encoder
-from encoderguard.errors import EncoderError, ImageError
+from encoderguard.errors import EncoderError, ImageError, SettingError
 from encoderguard.images import ImageSet
 from encoderguard.methods import Detector
 from encoderguard.pruning import Units, last_stage_units
@@ -141,7 +151,7 @@ def test_stimulation_agrees_with_setting_the_channel_for_all_images_at_once() ->
 
     encoder, images = toy_encoder(), toy_images(6)
     layer = last_stage_units(encoder)[0]
-    found = stimulate(encoder, layer, images, (3.0,), run=RUN)
+    found = stimulate(encoder, layer, images, (3.0,), COLLAPSE, run=RUN)
     pixels = images.take(range(6)).float() / 255
     value = 3 * channel_activations(encoder, layer, images, RUN, reduction="max")[1]
 
@@ -161,14 +171,60 @@ def test_stimulation_agrees_with_setting_the_channel_for_all_images_at_once() ->
 
 def test_the_loud_channel_is_found_and_inverted() -> None:
     encoder = block()
-    found = stimulate(encoder, FIRST, dull(), (1.0, 8.0), run=RUN)
+    found = stimulate(encoder, FIRST, dull(), (1.0, 8.0), COLLAPSE, run=RUN)
     best = max(found, key=lambda neuron: neuron.rise)
     assert (best.channel, best.level) == (2, 8.0)
     settings: Any = {"area": 0.25, "steps": 60, "batch_size": 8, "learning_rate": 0.2}
-    trigger = invert_neurons(encoder, dull(), [best], run=RUN, **settings)[0]
+    trigger = invert_neurons(encoder, dull(), [best], COLLAPSE, run=RUN, **settings)[0]
     covered = trigger.mask > 0.5
     assert 1 <= int(covered.sum()) <= 4
     assert trigger.pattern[2][covered].mean() > 0.8  # it is the third colour that excites the channel
+
+
+WEIGHT = torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+"""A downstream classifier: answer 1 hangs on the first feature, which the loud channel drives."""
+
+
+def probability(features: Tensor, clean: Tensor) -> Tensor:
+    return (features @ WEIGHT.T).softmax(-1).mean(-2)
+
+
+def test_stimulation_of_a_classifier_by_hand() -> None:
+    encoder, images = block(), dull(5)
+    found = stimulate(encoder, FIRST, images, (1.0, 8.0), Goal(probability), run=RUN)
+    best = max(found, key=lambda neuron: neuron.rise)
+    assert (best.channel, best.answer, best.level) == (2, 1, 8.0)
+    pixels = images.take(range(5)).float() / 255
+    with torch.no_grad():
+        clean = encoder(pixels)
+        raised = clean.clone()
+        raised[:, 0] += 10 * (8 * best.largest - pixels[:, 2].mean((1, 2)))
+    rise = (raised @ WEIGHT.T).softmax(1).mean(0)[1] - (clean @ WEIGHT.T).softmax(1).mean(0)[1]
+    assert best.rise == pytest.approx(float(rise), abs=1e-4)
+
+
+def test_a_search_raises_the_logarithm_of_small_probabilities() -> None:
+    features, clean = torch.tensor([[[2.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]]), torch.eye(3)
+    worth = Goal(probability, logarithmic=True).worth(features, clean, [0, 2])
+    assert worth.tolist() == pytest.approx(
+        [torch.tensor([0.0, 18.0, 0.0]).log_softmax(0)[0].item(), -math.log(3)]
+    )
+    assert COLLAPSE.worth(features.expand(2, 3, 3), clean, [0, 0]).tolist() == pytest.approx([1, 1])
+
+
+def test_abs_on_a_classifier_of_your_own(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save_file({"weight": WEIGHT, "bias": torch.tensor([12.0, 0.0, 0.0])}, path)
+    given: Any = {"classifier_file": str(path), "area": 0.25, "steps": 60, "learning_rate": 0.2}
+    found = ABS(**given).detect(block(), dull(40), run=RUN)
+    assert found.evidence["answers_from"] == "classifier"
+    assert found.evidence["cluster"] == 1
+    assert found.score == 1.0  # a patch of the third colour gives every image answer 1
+    assert found.verdict == "inconclusive"  # no clean encoder says that this is not so for all
+    assert "gives images this answer" in found.evidence["tested"][0]
+    given["classifier_file"] = str(tmp_path / "none.safetensors")
+    with pytest.raises(SettingError, match="cannot be read"):
+        ABS(**given).detect(block(), dull(40), run=RUN)
 
 
 def test_no_more_than_the_area_is_kept() -> None:
@@ -316,4 +372,4 @@ class Flat(nn.Module):
 def test_an_encoder_whose_tail_takes_one_image_only() -> None:
     encoder = Encoder.wrap(Flat().eval(), taps=("block",))
     with pytest.raises(EncoderError, match=r"behind block\.0 does not run on several variants of one image"):
-        stimulate(encoder, FIRST, dull(), (2.0,), run=RUN)
+        stimulate(encoder, FIRST, dull(), (2.0,), COLLAPSE, run=RUN)

@@ -1,6 +1,6 @@
 """The two steps of ABS on an encoder: stimulate hidden channels, then invert small masks that excite them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -15,12 +15,32 @@ from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine, standardise
 from encoderguard.triggers import MaskedPattern
 
-__all__ = ["Neuron", "invert_neurons", "keep_largest", "set_channels", "stimulate"]
+__all__ = ["COLLAPSE", "Goal", "Neuron", "invert_neurons", "keep_largest", "set_channels", "stimulate"]
 
 _TOGETHER = 64
 """Channels that are set at once: one copy of the tail's maps each."""
 _OVERRUN = 10.0
 """Weight of the share by which a mask exceeds its area."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a trigger would do to the features of stamped images."""
+
+    scores: Callable[[Tensor, Tensor], Tensor]
+    """Features ``[K, N, D]`` of K variants of N images, and clean ones ``[M, D]``, to ``[K, A]``: large is
+    what a trigger would do, in each of A answers."""
+    logarithmic: bool = False
+    """Whether a search raises the logarithm: of probabilities near 0, which have next to no gradient."""
+
+    def worth(self, features: Tensor, clean: Tensor, answers: list[int]) -> Tensor:
+        """Of each variant in its own answer, ``[K]``: what a search raises."""
+        own = self.scores(features, clean)[torch.arange(len(answers)), answers]
+        return own.clamp_min(1e-8).log() if self.logarithmic else own
+
+
+COLLAPSE = Goal(lambda features, clean: mean_pairwise_cosine(standardise(features, clean))[:, None])
+"""Images look alike: the mean pairwise cosine of features standardised over the clean ones; one answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +49,10 @@ class Neuron:
 
     layer: Units
     channel: int
+    answer: int
+    """The answer of the goal that rises most."""
     rise: float
-    """Of the mean pairwise cosine of standardised features, at the level that raises it most."""
+    """Of the goal, at the level that raises it most."""
     level: float
     largest: float
     """The channel's largest value on clean images."""
@@ -56,9 +78,9 @@ def set_channels(channels: Tensor, layer: Units, which: Tensor, values: Tensor) 
 
 
 def stimulate(
-    encoder: Encoder, layer: Units, images: ImageSet, levels: tuple[float, ...], *, run: Run
+    encoder: Encoder, layer: Units, images: ImageSet, levels: tuple[float, ...], goal: Goal, *, run: Run
 ) -> list[Neuron]:
-    """Set each channel of ``layer`` to each level times its clean maximum, and measure the collapse.
+    """Set each channel of ``layer`` to each level times its clean maximum, and measure the goal.
 
     What lies before the layer runs once per image; what lies behind it runs on all variants as one batch,
     with the shortcut of the one image broadcast to them.
@@ -73,7 +95,7 @@ def stimulate(
     pixels = images.take(range(len(images))).to(run.device).float() / 255
     with torch.no_grad():
         clean = torch.cat([probe(image[None]) for image in pixels])
-    before = mean_pairwise_cosine(standardise(clean, clean))
+    before = goal.scores(clean[None], clean)
     which = torch.arange(layer.count).repeat_interleave(len(levels))
     values = largest[which] * torch.tensor(levels).repeat(layer.count)
     rises = []
@@ -81,18 +103,19 @@ def stimulate(
         run.check_stop()
         part = slice(start, start + _TOGETHER)
         features = _variants(probe, layer, pixels, which[part], values[part], run)
-        rises.append((mean_pairwise_cosine(standardise(features, clean)) - before).cpu())
+        rises.append((goal.scores(features, clean) - before).cpu())
         run.progress("stimulate channels", min(start + _TOGETHER, len(which)), len(which))
-    rise = torch.cat(rises).view(layer.count, len(levels))
+    rise = torch.cat(rises).view(layer.count, -1)  # levels, and of each the answers
     if not bool(rise.isfinite().all()):
         raise NonFiniteError(f"Features are not finite when channels behind {layer.producer} are raised.")
-    best = rise.max(1)
+    best, answers = rise.max(1), before.shape[1]
     return [
         Neuron(
             layer=layer,
             channel=channel,
+            answer=int(best.indices[channel]) % answers,
             rise=float(best.values[channel]),
-            level=levels[int(best.indices[channel])],
+            level=levels[int(best.indices[channel]) // answers],
             largest=float(largest[channel]),
         )
         for channel in range(layer.count)
@@ -133,6 +156,7 @@ def invert_neurons(
     encoder: Encoder,
     images: ImageSet,
     neurons: list[Neuron],
+    goal: Goal,
     *,
     area: float,
     steps: int,
@@ -140,9 +164,9 @@ def invert_neurons(
     learning_rate: float,
     run: Run,
 ) -> list[MaskedPattern]:
-    """One trigger per channel, all as one batch: it excites the channel and makes stamped images alike.
+    """One trigger per channel, all as one batch: it excites the channel and brings the goal about.
 
-    Minimises ``-a / max a - collapse + 10 max(mean(m) / area - 1, 0)`` with Adam, ``a`` being the channel's
+    Minimises ``-a / max a - goal + 10 max(mean(m) / area - 1, 0)`` with Adam, ``a`` being the channel's
     mean. In the last third of the steps, and in what is returned, at most ``area`` of the pixels are covered.
 
     Raises:
@@ -153,7 +177,7 @@ def invert_neurons(
     pixels = images.take(range(len(images))).to(run.device)
     with torch.no_grad():
         clean = torch.cat([probe(part.float() / 255) for part in torch.split(pixels, 256)])
-    generator = run.rng.generator("start")
+    answers, generator = [neuron.answer for neuron in neurons], run.rng.generator("start")
     shape = (pixels.shape[-2], pixels.shape[-1])
     raw_mask = torch.randn(len(neurons), *shape, generator=generator).sub(1).to(run.device).requires_grad_()
     raw_pattern = torch.randn(len(neurons), 3, *shape, generator=generator).to(run.device).requires_grad_()
@@ -166,15 +190,15 @@ def invert_neurons(
         stamped = torch.lerp(batch[None], raw_pattern.sigmoid()[:, None], masks[:, None, None])
         with _watched(probe, neurons, len(batch)) as excited, run.autocast():
             features = probe(stamped.flatten(0, 1)).float().unflatten(0, stamped.shape[:2])
-        collapse = mean_pairwise_cosine(standardise(features, clean))
+        worth = goal.worth(features, clean, answers)
         excess = (masks.mean((1, 2)) / area - 1).clamp_min(0)
-        loss = (_OVERRUN * excess - collapse - torch.stack(excited)).sum()
+        loss = (_OVERRUN * excess - worth - torch.stack(excited)).sum()
         if not bool(loss.isfinite()):
             raise NonFiniteError(f"The loss of the trigger search became NaN or infinite at step {step}.")
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()
-        run.progress("invert channels", step + 1, steps, f"collapse {float(collapse.detach().max()):.3f}")
+        run.progress("invert channels", step + 1, steps, f"best {float(worth.detach().max()):.3f}")
     final = keep_largest(raw_mask.detach().sigmoid(), area).cpu()
     return [
         MaskedPattern(mask, pattern)
