@@ -186,6 +186,29 @@ def test_an_absurd_learning_rate_falls_back_and_says_so(name: str) -> None:
         assert "below the floor of 0.95, after 3 of 4 epochs" in done.evidence["fallback"]
 
 
+@pytest.mark.parametrize("name", ["finetune", "fine_pruning", "nad"])
+def test_a_rate_that_breaks_the_encoder_is_divided(name: str) -> None:
+    kinds: dict[str, tuple[type[Defense], dict[str, Any]]] = {
+        "finetune": (FineTune, {}),
+        "fine_pruning": (FinePruning, {"most": 0.0}),
+        "nad": (NAD, {"teacher_epochs": 2}),
+    }
+    kind, more = kinds[name]
+    given: dict[str, Any] = {"epochs": 2, "batch_size": 16, "warm_up": 0, "utility_floor": 0.6} | more
+    suspect, images = toy_transformer(), pictures(80)  # without BatchNorm small rates change little
+    broken = kind(**(given | {"lr": 30.0, "gentler": 0})).purify(suspect, images, run=run())
+    assert broken.evidence["fallback"] is not None
+    assert (broken.evidence["lr"], broken.evidence["harder"]) == (30.0, [])
+    done = kind(**(given | {"lr": 30.0, "gentler": 9})).purify(suspect, images, run=run())
+    assert done.evidence["fallback"] is None
+    attempts = len(done.evidence["harder"])
+    assert attempts > 0
+    assert done.evidence["lr"] == pytest.approx(30.0 / 3**attempts)
+    assert all("below the floor of 0.6, after 2 of 2 epochs" in reason for reason in done.evidence["harder"])
+    assert done.evidence["epochs_used"] == 2
+    assert done.encoder.fingerprint != suspect.fingerprint
+
+
 def test_the_utility_in_the_evidence_is_that_of_the_encoder() -> None:
     suspect, images = encoder(), pictures(80)
     done = FineTune(epochs=3, batch_size=16, warm_up=1, lr=0.05, utility_floor=0).purify(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ class Tuned:
     """Of ``encoder``."""
     fallback: str | None
     """Why it is not the encoder of the last planned epoch, in one sentence."""
+    lr: float
+    """Peak learning rate."""
+    harder: tuple[str, ...] = ()
+    """Why trainings at larger rates, before this one, did not count."""
 
     def evidence(self, gate: Gate, before: float = 1.0) -> dict[str, Any]:
         """The same as JSON values; ``before`` is the utility of what the training started from."""
@@ -61,6 +65,8 @@ class Tuned:
             "held_out": gate.count,
             "epochs_used": self.epochs,
             "fallback": self.fallback,
+            "lr": self.lr,
+            "harder": list(self.harder),
         }
 
 
@@ -156,6 +162,7 @@ def tune(
         epochs=epochs,
         utility=round(float(kept.utility), 6),
         fallback=None if reason is None else f"{reason.rstrip('.')}; {_returned(epochs)}",
+        lr=plan.lr,
     )
 
 
@@ -178,6 +185,8 @@ class FineTuning:
     """Weight of the distance to the suspect's own features of the same views."""
     extra: Loss | None = field(default=None, compare=False)
     """Further terms."""
+    gentler: int = 0
+    """How often to begin anew at a third of the learning rate where the last epoch does not count."""
 
 
 def fine_tune(
@@ -189,7 +198,33 @@ def fine_tune(
     task: str = "fine-tuning",
     masks: Mapping[Units, Tensor] | None = None,
 ) -> Tuned:
-    """Contrastive fine-tuning of all layers, BatchNorm statistics included; arguments as for ``tune``."""
+    """Contrastive fine-tuning of all layers, BatchNorm statistics included; arguments as for ``tune``.
+
+    A rate that one encoder needs to forget breaks another one: so the largest of ``how.gentler + 1`` rates at
+    which the last epoch is above the floor counts; if there is none, the one with the most epochs.
+    """
+    done = _fine_tuned(start, repair, how, run=run, task=task, masks=masks)
+    tried = [done]
+    for attempt in range(1, how.gentler + 1):
+        if tried[-1].fallback is None:
+            break
+        how = replace(how, plan=replace(how.plan, lr=how.plan.lr / 3))
+        again = run.child("gentler", attempt)
+        tried.append(_fine_tuned(start, repair, how, run=again, task=f"{task}, gentler", masks=masks))
+    best = max(tried, key=lambda tuned: (tuned.fallback is None, tuned.epochs))
+    harder = [tuned.fallback for tuned in tried if tuned.lr > best.lr and tuned.fallback is not None]
+    return replace(best, harder=tuple(harder))
+
+
+def _fine_tuned(
+    start: Encoder,
+    repair: Repair,
+    how: FineTuning,
+    *,
+    run: Run,
+    task: str,
+    masks: Mapping[Units, Tensor] | None,
+) -> Tuned:
     contrast = Contrast(start, run, temperature=how.temperature)
     if how.warm_up:
         plan = Plan(epochs=how.warm_up, batch_size=how.plan.batch_size, lr=1e-3)

@@ -66,8 +66,10 @@ class FinePruning(Defense):
     """Passes over the clean images afterwards."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per step; each gives two views."""
-    lr: Annotated[float, Field(gt=0)] = 1e-2
+    lr: Annotated[float, Field(gt=0)] = 0.1
     """SGD's learning rate; falls to zero along a cosine."""
+    gentler: Annotated[int, Field(ge=0, le=9)] = 2
+    """How often to begin anew at a third of ``lr`` where the last epoch falls below the floor."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -101,7 +103,7 @@ class FinePruning(Defense):
             weight_decay=self.weight_decay,
             schedule="cosine",
         )
-        how = FineTuning(plan=plan, temperature=self.temperature, warm_up=self.warm_up)
+        how = FineTuning(plan=plan, temperature=self.temperature, warm_up=self.warm_up, gentler=self.gentler)
         done = fine_tune(pruned, repair, how, run=run, masks=masks)
         evidence = done.evidence(repair.gate, before) | {
             "pruned": {units.producer: (~mask).nonzero().flatten().tolist() for units, mask in masks.items()},

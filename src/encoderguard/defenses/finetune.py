@@ -41,8 +41,10 @@ class FineTune(Defense):
     """Passes over the clean images at most."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per step; each gives two views."""
-    lr: Annotated[float, Field(gt=0)] = 1e-2
+    lr: Annotated[float, Field(gt=0)] = 0.1
     """SGD's learning rate; falls to zero along a cosine."""
+    gentler: Annotated[int, Field(ge=0, le=9)] = 2
+    """How often to begin anew at a third of ``lr`` where the last epoch falls below the floor."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -75,6 +77,12 @@ class FineTune(Defense):
             weight_decay=self.weight_decay,
             schedule="cosine",
         )
-        how = FineTuning(plan=plan, temperature=self.temperature, warm_up=self.warm_up, anchor=self.anchor)
+        how = FineTuning(
+            plan=plan,
+            temperature=self.temperature,
+            warm_up=self.warm_up,
+            anchor=self.anchor,
+            gentler=self.gentler,
+        )
         done = fine_tune(repair.suspect, repair, how, run=run)
         return Purified(encoder=done.encoder, history=done.history, evidence=done.evidence(repair.gate))

@@ -31,8 +31,8 @@ class NAD(Defense):
     (``A_sum^2``), normalised. Departs from the paper and its code in the loss beside the attention, which
     needs no labels; in summing the squares over places where the code averages (its 500, 1000, 1000 for
     maps of 32 x 32, 16 x 16 and 8 x 8 places are .5, 4 and 16 as sums, and change with the image size); in
-    the learning rate, which was .1 for two epochs and suits cross-entropy; and in the utility floor. In a
-    ViT the patch tokens form the map.
+    the learning rate, which was .1 for two epochs and then .01; and in the utility floor. In a ViT the
+    patch tokens form the map.
     """
 
     name: ClassVar[str] = "nad"
@@ -50,8 +50,10 @@ class NAD(Defense):
     """Passes over the clean images for the student."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Images per step; each gives two views."""
-    lr: Annotated[float, Field(gt=0)] = 1e-2
+    lr: Annotated[float, Field(gt=0)] = 0.1
     """SGD's learning rate for teacher and student; falls to zero along a cosine."""
+    gentler: Annotated[int, Field(ge=0, le=9)] = 2
+    """How often to begin anew at a third of ``lr`` where the last epoch falls below the floor."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -114,4 +116,10 @@ class NAD(Defense):
             weight_decay=self.weight_decay,
             schedule="cosine",
         )
-        return FineTuning(plan=plan, temperature=self.temperature, warm_up=self.warm_up, extra=attention)
+        return FineTuning(
+            plan=plan,
+            temperature=self.temperature,
+            warm_up=self.warm_up,
+            extra=attention,
+            gentler=self.gentler,
+        )
