@@ -1,7 +1,7 @@
-"""What the search of SSLDefender measures on encoders of zoos: collapse and displacement, by family.
+"""What the search of SSLDefender measures on encoders of zoos: collapse by family, interaction of patches.
 
-From the clean encoders of the first zoo come the values that are typical (``TYPICAL`` and ``FURTHEST`` of
-``encoderguard.search``): medians, which the record holds too.
+Medians of collapse over the clean encoders of the first zoo are what counts as typical (``TYPICAL`` of
+``encoderguard.search``, which were taken from another draw of images); the record holds them too.
 
     python benchmarks/what_stands_out.py zoo/small zoo/fresh zoo/blind --images CIFAR10:train
 
@@ -19,7 +19,7 @@ from encoderguard.loading import load_encoder
 from encoderguard.random import Rng
 from encoderguard.rays import FAMILIES
 from encoderguard.run import Run
-from encoderguard.search import FURTHEST, TYPICAL, quick_search
+from encoderguard.search import TYPICAL, interaction, quick_search
 from encoderguard.storage import write_text
 from encoderguard.zoo import Entry, read_manifest
 
@@ -27,27 +27,26 @@ RESULT = Path(__file__).parent / "results" / "what_stands_out.json"
 
 
 def measured(entry: Entry, zoo: Path, images: ImageSet, seed: int) -> dict[str, Any]:
-    """One search; its statistic of collapse and its largest displacement, by family."""
+    """One search; its statistic of collapse by family, the largest interaction and its patch."""
     found = quick_search(load_encoder(str(zoo / str(entry.bundle))), images, run=Run(rng=Rng(seed)))
-    furthest = {family: max(result.displacements) for family, result in found.items()}
+    value, ray = interaction(found["patch"])
     return {
         "encoder": f"{zoo.name}/{entry.name}",
         "attack": entry.attack,
         "asr": entry.asr,
         "clean_asr": entry.clean_asr,
         "collapse": {family: round(result.statistic, 3) for family, result in found.items()},
-        "displacement": {family: round(value, 3) for family, value in furthest.items()},
+        "interaction": round(value, 3),
+        "patch": None if ray is None else f"{ray.label} to {ray.place}",
     }
 
 
 def summary(rows: list[dict[str, Any]], zoo: str) -> dict[str, Any]:
     """What is typical of the zoo's clean encoders, beside what the code holds."""
     clean = [row for row in rows if row["attack"] is None and row["encoder"].startswith(f"{zoo}/")]
-    typical = {
-        name: {family: round(median(row[name][family] for row in clean), 2) for family in FAMILIES}
-        for name in ("collapse", "displacement")
-    }
-    return {"typical": typical, "in_the_code": {"collapse": TYPICAL, "displacement": FURTHEST}}
+    typical = {family: round(median(row["collapse"][family] for row in clean), 2) for family in FAMILIES}
+    every = [row["interaction"] for row in rows if row["attack"] is None]
+    return {"typical": typical, "in_the_code": TYPICAL, "largest_clean_interaction": max(every)}
 
 
 def main() -> None:

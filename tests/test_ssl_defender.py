@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoderguard.bank import MOVED
 from encoderguard.defenses.ssl_defender import SSLDefender
 from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderError, ImageError, NonFiniteError, SettingError
@@ -19,10 +20,10 @@ from encoderguard.generators import StatisticsNetworks, SubGenerators, dv_bound,
 from encoderguard.images import ImageSet
 from encoderguard.losses import random_directions, sliced_wasserstein2
 from encoderguard.random import Rng, isolated
-from encoderguard.rays import FAMILIES, Ray
+from encoderguard.rays import FAMILIES, Ray, TriggerFamily
 from encoderguard.recovery import RecoveryPlan, alternating, hinge, recover
 from encoderguard.run import Run, Stopped, StopSignal
-from encoderguard.search import FamilyResult, Found, Suspicion, suspicion
+from encoderguard.search import FamilyResult, Found, Suspicion, interaction, suspicion
 from encoderguard.similarity import mean_pairwise_cosine
 from encoderguard.triggers import MaskedPattern, Patch, load_found, load_trigger, save_trigger
 from encoderguard.unlearning import UnlearningLoss
@@ -346,10 +347,10 @@ def test_a_search_takes_the_place_of_the_sub_generators() -> None:
 
 
 class Mirroring(Planted):
-    """Of a picture with a bright place the mirrored features: moved as far as can be, and no more alike."""
+    """Of a picture with a white lower right corner the mirrored features: moved far, and no more alike."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bright = F.avg_pool2d(x.mean(1, keepdim=True), 4, 1).flatten(1).amax(1, keepdim=True)
+        bright = x[..., -4:, -4:].mean((1, 2, 3))[:, None]
         gate = torch.sigmoid(self.gain * (bright - self.edge))
         features: Tensor = (1 - 2 * gate) * self.content(F.adaptive_avg_pool2d(x, 4).flatten(1) - 0.5)
         return features
@@ -359,56 +360,78 @@ def test_the_search_sees_what_moves_features_without_making_them_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("encoderguard.search.TYPICAL", dict.fromkeys(FAMILIES, 2.0))  # collapse is ordinary
-    found = suspicion(planted(Mirroring()), noise(), run=RUN)
-    assert found.excess["patch, displacement"] > 1
-    pixels, encoder = floats(noise()), planted(Mirroring()).frozen()
-    for trigger in found.triggers[: list(found.excess).index("patch, displacement") + 1]:
-        assert F.cosine_similarity(encoder(trigger(pixels)), encoder(pixels)).mean() < -0.5
-    assert not any(
-        "displacement" in test for test in suspicion(encoder, noise(), run=RUN, moves=False).excess
-    )
+    encoder, pixels = planted(Mirroring()).frozen(), floats(noise())
+    found = suspicion(encoder, noise(), run=RUN)
+    assert set(found.excess) == {"patch, place"}
+    assert found.excess["patch, place"] > 0.5
+    (trigger,) = found.triggers
+    assert isinstance(trigger, MaskedPattern)
+    corner = trigger.mask > 0
+    assert corner[-1, -1]
+    assert trigger.pattern[:, corner].min() == 1  # white
+    assert F.cosine_similarity(encoder(trigger(pixels)), encoder(pixels)).mean() < -0.2
+    assert set(suspicion(encoder, noise(), run=RUN, moves=False).excess) <= set(FAMILIES)
 
 
-def family(collapse: float, displacements: list[float], plain: Patch | None = None) -> FamilyResult:
-    """What a search found: the curve is of one level, the bank's candidates are patches of 1, 2, ... px."""
-    strongest = Patch(size=9, margin=1, value=1.0)
+def family(collapse: float, grid: Tensor | None = None, plain: Patch | None = None) -> FamilyResult:
+    """What a search found: a curve of one level, and displacements of colours ``[C]`` at places ``[P]``."""
+    grid = torch.ones(3, 9) if grid is None else grid
     rays = [
-        Ray(
-            family="patch", label=f"{px}", strength=px, at=lambda px: Patch(size=int(px), margin=1, value=0.5)
-        )
-        for px in range(1, len(displacements) + 1)
+        Ray(family="patch", label=f"colour {c}{MOVED}", strength=10 * c + p, at=sized)
+        for c in range(len(grid))
+        for p in range(grid.shape[1])
     ]
+    scattered = Ray(family="patch", label="colour 0", strength=99, at=sized)
     return FamilyResult(
-        displacements=displacements,
-        tried=rays,
+        displacements=[9.0, *grid.flatten().tolist()],
+        tried=[scattered, *rays],
         curve=[math.tanh(collapse)],
         measured=[math.tanh(collapse)],
-        best={1.0: (collapse, strongest)},
+        best={1.0: (collapse, Patch(size=99, margin=1, value=1.0))},
         plain=plain,
     )
+
+
+def sized(strength: float) -> Patch:
+    return Patch(size=int(strength), margin=1, value=0.5)
+
+
+def additive(bump: float, colours: tuple[float, ...] = (0.2, 0.4, 0.3)) -> Tensor:
+    """Displacements that colour and place explain, but for colour 1 at place 6: ``bump`` times as much."""
+    grid = torch.tensor(colours)[:, None] * torch.linspace(1, 2, 9)
+    grid[1, 6] *= bump
+    return grid - 0.1
+
+
+def test_the_interaction_of_colour_and_place_by_hand() -> None:
+    value, ray = interaction(family(0.3, additive(3.0)))
+    assert value == pytest.approx(math.log(3))
+    assert ray is not None
+    assert (ray.label, ray.strength) == ("colour 1, moved", 16)
+    # of a place where colour 1 stands out, what moves features furthest: colour 4, as it does everywhere
+    value, ray = interaction(family(0.3, additive(3.0, colours=(0.2, 0.4, 0.3, 0.25, 2.4))))
+    assert value == pytest.approx(math.log(3))
+    assert ray is not None
+    assert ray.strength == 46
+    assert interaction(family(0.3, additive(1.0)))[0] == pytest.approx(0, abs=1e-6)
+    assert interaction(family(0.3, additive(3.0)[:2])) == (0.0, None)
 
 
 @pytest.mark.parametrize(
     ("patch", "noise_family", "excess", "sizes"),
     [
-        # nothing moves far: the family that collapses furthest, whatever it is, and no other below half of it
-        (family(0.37, [0.4, 0.3]), family(0.30, [0.1]), {"patch": 0.10}, [9]),
-        (family(0.77, [0.4, 0.3]), family(0.60, [0.1]), {"patch": 0.5, "noise": 0.34}, [9, 9]),
-        # nothing collapses, and a patch of 2 px moves features 2.2 times as far as any does in clean ones
-        (family(0.37, [0.4, 1.0]), family(0.30, [0.1]), {"patch, displacement": math.log(1.1 / 0.5)}, [2]),
-        # nor does the other family's candidate stand back
-        (
-            family(0.37, [0.4, 1.0]),
-            family(0.30, [0.4]),
-            {"patch, displacement": math.log(1.1 / 0.5), "noise, displacement": math.log(0.5 / 0.28)},
-            [2, 1],
-        ),
+        # nothing stands out: the family that collapses furthest, and no other below half of it
+        (family(0.37), family(0.30), {"patch": 0.10}, [99]),
+        (family(0.37, additive(1.4)), family(0.30), {"patch": 0.10}, [99]),
+        (family(0.77), family(0.60), {"patch": 0.5, "noise": 0.34}, [99, 99]),
+        # nothing collapses, and one colour at one place moves features three times as far as it should
+        (family(0.37, additive(3.0)), family(0.30), {"patch, place": math.log(3)}, [16]),
         # what collapses goes before what only moves
         (
-            family(0.77, [0.4, 1.0], plain=Patch(size=3, margin=1, value=0.5)),
-            family(0.30, [0.1]),
+            family(0.77, additive(3.0), plain=Patch(size=3, margin=1, value=0.5)),
+            family(0.30),
             {"patch": 0.5},
-            [9, 3],
+            [99, 3],
         ),
     ],
 )
@@ -419,9 +442,8 @@ def test_what_stands_out_is_unlearnt(
     excess: dict[str, float],
     sizes: list[int],
 ) -> None:
-    found = Found(
-        families={"patch": patch, "noise": noise_family}, seconds={}, images_passed=0, complete=True
-    )
+    families: dict[TriggerFamily, FamilyResult] = {"patch": patch, "noise": noise_family}
+    found = Found(families=families, seconds={}, images_passed=0, complete=True)
     monkeypatch.setattr("encoderguard.search.search", lambda *given, **more: found)
     told = suspicion(planted(), noise(), run=RUN)
     assert told.excess == pytest.approx(excess)

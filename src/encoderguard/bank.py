@@ -12,7 +12,10 @@ from encoderguard.random import Rng
 from encoderguard.rays import LEVELS, PLACES, Ray, TriggerFamily, additive_ray, blend_ray, patch_ray
 from encoderguard.triggers import ColourMap, Trigger, Warp
 
-__all__ = ["bank"]
+__all__ = ["MOVED", "bank"]
+
+MOVED = ", moved"
+"""Ends the labels of the plain colours that are tried at all ``PLACES``."""
 
 
 def bank(
@@ -59,7 +62,7 @@ def _patches(shape: tuple[int, int], rng: Rng, grey: bool) -> list[Ray]:
         textures.append((f"grid {number}", grid))
     places = torch.rand(len(textures), 3, 2, generator=rng.generator("places"))
     common = [
-        patch_ray(shape, texture, place, label=f"{label}, moved", strength=LEVELS["patch"][-1])
+        patch_ray(shape, texture, place, label=label + MOVED, strength=LEVELS["patch"][-1])
         for label, texture in textures
         if label.startswith("colour") and bool(((texture == 0) | (texture == 1)).all())
         for place in PLACES

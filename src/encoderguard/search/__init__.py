@@ -1,12 +1,13 @@
 """Search for triggers over families of candidates: forward passes first, then gradients."""
 
-import math
 from dataclasses import dataclass
 
-from encoderguard.bank import bank
+import torch
+
+from encoderguard.bank import MOVED, bank
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
-from encoderguard.rays import TriggerFamily
+from encoderguard.rays import Ray, TriggerFamily
 from encoderguard.run import Run
 from encoderguard.search.found import Budget, FamilyResult, Found, Measures
 from encoderguard.search.pictures import Images, are_grey
@@ -14,7 +15,7 @@ from encoderguard.search.stages import search
 from encoderguard.triggers import Trigger
 
 __all__ = [
-    "FURTHEST",
+    "OUT_OF_PLACE",
     "STANDS_OUT",
     "TYPICAL",
     "Budget",
@@ -24,6 +25,7 @@ __all__ = [
     "Measures",
     "Suspicion",
     "are_grey",
+    "interaction",
     "quick_search",
     "search",
     "suspicion",
@@ -41,19 +43,13 @@ TYPICAL: dict[TriggerFamily, float] = {
 }
 """Statistic of clean encoders: medians over the five of zoo/small (CIFAR-10, 32 px, width 16). Blends
 collapse any encoder further than patches do, so families are not compared as they are."""
-FURTHEST: dict[TriggerFamily, float] = {
-    "patch": 0.40,
-    "blend": 0.37,
-    "noise": 0.18,
-    "spectral": 0.29,
-    "colour": 1.18,
-    "warp": 0.13,
-}
-"""Largest displacement by a candidate of the bank, likewise."""
 STANDS_OUT = 0.25
 """From this excess on it is more than clean encoders differ by: the margin of trigger_search."""
+OUT_OF_PLACE = 0.4
+"""From this interaction on; the largest of 19 clean encoders was .36 and .32 in two draws of images."""
 _NEGLIGIBLE = 0.1
 """Added to displacements, so that ratios of next to nothing are 1, as in trigger_search."""
+_FEWEST_COLOURS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +57,7 @@ class Suspicion:
     """What stands out in an encoder, without a clean one to compare it with."""
 
     excess: dict[str, float]
-    """Of tests that stand out, by family or ``FAMILY, displacement``: how far above what is typical."""
+    """Of families that stand out: how far above what is typical; or the interaction, as ``patch, place``."""
     triggers: list[Trigger]
     """What each of these gives to unlearn."""
 
@@ -71,9 +67,8 @@ def suspicion(encoder: Encoder, images: ImageSet, *, run: Run, moves: bool = Tru
 
     These are the family whose statistic of collapse is furthest above what is typical of clean encoders, and
     those at least half as far: of each the strongest trigger and the best plain candidate. Where none comes
-    to ``STANDS_OUT``, triggered images may be moved without growing alike: then the families count of which a
-    candidate moves features further than any does in clean encoders, by the logarithm of the ratio, again
-    from ``STANDS_OUT`` on: of each that candidate. The encoder may differ from the clean ones, so all this
+    to ``STANDS_OUT``, triggered images may be moved without growing alike: then the patch with the largest
+    ``interaction`` counts, from ``OUT_OF_PLACE`` on. The encoder may differ from the clean ones, so all this
     may be a weakness that nobody planted.
 
     Args:
@@ -88,13 +83,10 @@ def suspicion(encoder: Encoder, images: ImageSet, *, run: Run, moves: bool = Tru
     """
     found = quick_search(encoder, images, run=run)
     collapse = _leading({family: found[family].statistic - TYPICAL[family] for family in found})
-    further = {family: _further(family, found[family]) for family in found}
-    movers = _leading({family: value for family, value in further.items() if value >= STANDS_OUT})
-    if moves and movers and max(collapse.values()) < STANDS_OUT:
-        return Suspicion(
-            excess={f"{family}, displacement": value for family, value in movers.items()},
-            triggers=[_furthest(found[family]) for family in movers],
-        )
+    if moves and max(collapse.values()) < STANDS_OUT and "patch" in found:
+        value, ray = interaction(found["patch"])
+        if ray is not None and value >= OUT_OF_PLACE:
+            return Suspicion(excess={"patch, place": value}, triggers=[ray.at(ray.strength)])
     return Suspicion(
         excess={str(family): value for family, value in collapse.items()},
         triggers=[trigger for family in collapse for trigger in _to_unlearn(found[family])],
@@ -116,15 +108,29 @@ def _leading(excess: dict[TriggerFamily, float]) -> dict[TriggerFamily, float]:
     return {family: excess[family] for family in order if excess[family] >= least}
 
 
-def _further(family: TriggerFamily, result: FamilyResult) -> float:
-    own = max(result.displacements, default=0.0)
-    return math.log((own + _NEGLIGIBLE) / (FURTHEST[family] + _NEGLIGIBLE))
+def interaction(result: FamilyResult) -> tuple[float, Ray | None]:
+    """How much further a patch moves features than its colour and its place explain, and what to unlearn.
 
+    Of the bank's plain colours at the nine places, the largest residual of an additive model of the logarithm
+    of the displacement: of a colour its median over places counts, of a place its median over colours, less
+    the median colour's. Colours and places matter to any encoder, but nearly independently; a backdoor
+    listens to one colour at one place. It needs no clean encoder.
 
-def _furthest(result: FamilyResult) -> Trigger:
-    """The candidate of the bank that moves features furthest, at the bank's strength."""
-    ray = result.tried[max(range(len(result.displacements)), key=result.displacements.__getitem__)]
-    return ray.at(ray.strength)
+    Returns:
+        The residual, and the patch that moves features furthest at its place: colours like the backdoor's
+        move them too, and may stand out more. 0 and None with fewer than three colours, as for grey images.
+    """
+    rays = [place for place, ray in enumerate(result.tried) if ray.label.endswith(MOVED)]
+    colours = len({result.tried[place].label for place in rays})
+    if colours < _FEWEST_COLOURS:
+        return 0.0, None
+    values = torch.tensor([result.displacements[place] for place in rays]).add(_NEGLIGIBLE).log()
+    table = values.view(colours, -1)  # the bank has the places of one colour after another
+    of_colour, of_place = table.quantile(0.5, 1, keepdim=True), table.quantile(0.5, 0, keepdim=True)
+    rest = (table - of_colour - of_place + of_colour.quantile(0.5)).flatten()
+    place = int(rest.argmax()) % table.shape[1]
+    colour = int(table[:, place].argmax())
+    return float(rest.max()), result.tried[rays[colour * table.shape[1] + place]]
 
 
 def _to_unlearn(result: FamilyResult) -> list[Trigger]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from encoderguard.bank import MOVED
 from encoderguard.collapse import Collapse, Stamp
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
@@ -110,9 +111,9 @@ class _Search:
     def _elsewhere(self, best: list[Ray], deadline: float) -> list[tuple[Ray, float]]:
         """The best patches at other places: a backdoor may listen to one place only."""
         textures = dict[str, Ray]()
-        done = {ray.label.removesuffix(", moved") for ray in best if ray.label.endswith(", moved")}
+        done = {ray.label.removesuffix(MOVED) for ray in best if ray.label.endswith(MOVED)}
         for ray in best:
-            if ray.label.removesuffix(", moved") not in done:
+            if ray.label.removesuffix(MOVED) not in done:
                 textures.setdefault(ray.label, ray)
         chosen = list(textures.values())[: 2 * self.budget.keep]
         moved = [ray for texture in chosen for ray in elsewhere(texture, self.shape)]
