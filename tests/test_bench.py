@@ -521,6 +521,21 @@ def test_the_leaderboard_counts_a_case_once_and_no_ablation() -> None:
     assert [line[2] for line in ranks.rows] == ["40.0 (n=1)", "40.0 (n=1)"]
 
 
+def test_of_two_versions_on_one_encoder_of_a_zoo_the_last_counts() -> None:
+    results = []
+    for key, day, asr in (("c", 2, 0.1), ("a", 1, 0.4), ("b", 3, 0.2)):
+        row = _row(key, defense="mimic")
+        row["facts"]["victim"] = "badencoder-t12-s0"
+        row["values"]["asr"], row["values"]["clean_asr"] = asr, 0.0
+        held = {
+            name: {"record": {"created": f"2026-01-0{day}T00:00:00+00:00"}}
+            for name in row["records"].values()
+        }
+        results.append({"rows": [row], "records": held})
+    (ranks,) = leaderboard(results)
+    assert [line[2] for line in ranks.rows] == ["20.0 (n=1)"]
+
+
 def test_defenses_are_ranked_on_the_same_encoders() -> None:
     both = [_row(f"{name}{seed}", defense=name, seed=seed) for name in ("none", "mimic") for seed in (0, 1)]
     rows = [*both, _row("c", defense="nad", seed=1)]

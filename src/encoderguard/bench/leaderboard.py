@@ -19,7 +19,7 @@ _NOTE = (
     "Over all results of this folder, by size and by what was attacked how; each encoder counts once (n). "
     "Defenses are ranked on the same encoders: on all that there are, and, where some were run on fewer, on "
     "those that all were run on. A method under settings other than the size's, as in ablations, is not "
-    "ranked."
+    "ranked; of a method that was run on an encoder of a zoo by several versions the last run counts."
 )
 
 
@@ -31,11 +31,14 @@ def leaderboard(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
     """
     known = {"defense": {NONE, *method_names("defense")}, "detector": set(method_names("detector"))}
     cases: dict[str, Mapping[str, Any]] = {}
+    when: dict[str, str] = {}
     for result in results:
         for row in result["rows"]:
             family = "defense" if "defense" in row["facts"] else "detector"
             if row["facts"].get(family) in known[family] and "x" not in row["facts"] and not row["failed"]:
-                cases[f"{family} {sorted(row['records'].items())}"] = row
+                case, created = _case(family, row), _created(row, result)
+                if created >= when.get(case, ""):
+                    cases[case], when[case] = row, created
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in cases.values():
         facts = row["facts"]
@@ -47,6 +50,22 @@ def leaderboard(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
         for where, rows in (_comparable(members) if about else [("", members)])
         for sheet in rank_sheets(rows)
     ]
+
+
+def _case(family: str, row: Mapping[str, Any]) -> str:
+    """What counts once: a method on an encoder of a zoo, or else the very same cells."""
+    facts = row["facts"]
+    if facts.get("victim") is None:
+        return f"{family} {sorted(row['records'].items())}"
+    told = [facts.get(name) for name in (family, "pretrain", "attack", "task", "victim", "seed")]
+    return f"{family} {told}"
+
+
+def _created(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """When the row's last cell was begun, ISO 8601 in UTC; empty if it is not known."""
+    records = result.get("records", {})
+    held = (records[key]["record"] for key in row["records"].values() if key in records)
+    return max((str(record.get("created") or "") for record in held), default="")
 
 
 def _comparable(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
