@@ -107,7 +107,7 @@ class SSLDefender(Defense):
     cost: ClassVar[str] = "one trigger search and one fine-tuning"
     blind_spots: ClassVar[str] = (
         "What the recovery does not find is not unlearnt: triggers that differ from image to image, or that "
-        "neither make images look alike nor move them further than a clean encoder does."
+        "neither make images look alike nor are a patch of one colour at one place."
     )
 
     mode: Mode = "default"
@@ -243,7 +243,7 @@ class SSLDefender(Defense):
 
     def _recovered(self, start: Encoder, images: ImageSet, run: Run, *, first: bool) -> Source:
         if self.recovery == "search":
-            # a candidate moves features of some clean encoders further than of others: not worth a round
+            # what only moves features is unlearnt in the first round; later ones look for collapse
             found = suspicion(start, images, run=run.child("search"), moves=first)
             return known(found.triggers, found.excess)
         plan = self._recovery(start, images, run)
