@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from encoderguard.losses import attention_loss
 from encoderguard.methods import Defense
 from encoderguard.pruning import channel_activations, last_stage_units
 from encoderguard.random import Rng
-from encoderguard.run import Run
+from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import neighbour_overlap
 from tests.toy_networks import toy_transformer
 
@@ -207,6 +208,28 @@ def test_a_rate_that_breaks_the_encoder_is_divided(name: str) -> None:
     assert all("below the floor of 0.6, after 2 of 2 epochs" in reason for reason in done.evidence["harder"])
     assert done.evidence["epochs_used"] == 2
     assert done.encoder.fingerprint != suspect.fingerprint
+
+
+@pytest.mark.parametrize("stopped_at", [8, 45, 100])
+def test_a_run_that_was_stopped_between_rates_ends_as_an_unbroken_one(
+    stopped_at: int, tmp_path: Path
+) -> None:
+    method = FineTune(lr=30.0, gentler=9, epochs=4, batch_size=16, warm_up=1, utility_floor=0.6)
+    unbroken = method.purify(toy_transformer(), pictures(80), run=run())
+    stop, told = StopSignal(), 0
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        nonlocal told
+        told += 1
+        stop.requested = told >= stopped_at
+
+    kept = replace(run(), checkpoint=tmp_path / "checkpoint.pt")
+    with pytest.raises(Stopped):
+        method.purify(toy_transformer(), pictures(80), run=replace(kept, progress=progress, stop=stop))
+    resumed = method.purify(toy_transformer(), pictures(80), run=replace(kept, resume=True))
+    assert resumed.encoder.fingerprint == unbroken.encoder.fingerprint
+    assert resumed.evidence == unbroken.evidence
+    assert resumed.history == unbroken.history
 
 
 def test_the_utility_in_the_evidence_is_that_of_the_encoder() -> None:

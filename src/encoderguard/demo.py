@@ -76,11 +76,8 @@ def run_demo(
     shared = {
         key: value for key, value in options.items() if key not in ("seed", "out", "overwrite", "resume")
     }
-    merged: Any = options | {
-        "out": out,
-        "resume": False,
-        "overwrite": options.get("overwrite", False) or resume,
-    }
+    overwrite = options.get("overwrite", False) or resume
+    merged: Any = options | {"out": out, "resume": False, "overwrite": overwrite}
     job_options: JobOptions = merged
     with Job(DemoRecord, job_options) as job:
         sets = _open(chosen, job_options)

@@ -102,15 +102,14 @@ def refine(
                 break
             active = sorted(active[: (len(active) + 1) // 2])
             sums, since = [0.0] * starts, 0
-    with torch.no_grad():
-        ended = [
-            Refined(
-                start=k,
-                loss=sums[k] / max(1, since),
-                trigger=parametrisation.trigger(
-                    tuple(part[0] for part in parametrisation.decode(tuple(part[None] for part in raws[k])))
-                ),
-            )
-            for k in active
-        ]
+    ended = [
+        Refined(start=k, loss=sums[k] / max(1, since), trigger=_decoded(parametrisation, raws[k]))
+        for k in active
+    ]
     return sorted(ended, key=lambda found: (found.loss, found.start))
+
+
+@torch.no_grad()
+def _decoded(parametrisation: Parametrisation[Trigger], raw: tuple[Tensor, ...]) -> Trigger:
+    values = parametrisation.decode(tuple(part[None] for part in raw))
+    return parametrisation.trigger(tuple(part[0] for part in values))

@@ -149,11 +149,15 @@ def tune(
             )
         except NonFiniteError as error:
             reason = str(error)
+    return _tuned(kept, history, reason, gate.floor, plan, task)
+
+
+def _tuned(kept: Kept, history: History, reason: str | None, floor: float, plan: Plan, task: str) -> Tuned:
     epochs = int(kept.epochs)
     if history and epochs < len(history["utility"]):
         reason = (
             f"{task.capitalize()} took the utility to {history['utility'][-1]:.3f}, below the floor of "
-            f"{gate.floor:g}, after {len(history['utility'])} of {plan.epochs} epochs"
+            f"{floor:g}, after {len(history['utility'])} of {plan.epochs} epochs"
         )
     result = kept.encoder.eval().requires_grad_(True)
     return Tuned(

@@ -9,6 +9,7 @@ from typing import Any
 from encoderguard.bench.cells import Places, open_images
 from encoderguard.bench.engine import run_cells
 from encoderguard.bench.notation import Sheet, as_csv, as_markdown
+from encoderguard.bench.outcome import seconds_of
 from encoderguard.bench.plan import Cell
 from encoderguard.bench.run import EngineName, backend
 from encoderguard.bench.store import Store, file_digest
@@ -97,16 +98,20 @@ def scan_fleet(
         for spec in specs
     ]
     outcome = run_cells(cells, store, make, progress=progress, stop=stop or StopSignal())
-    found = []
-    for spec, cell in zip(specs, cells, strict=True):
-        record = {} if cell in outcome.failed else store.facts(cell)["record"]
-        entry = {name: record.get(name) for name in ("verdict", "score", "threshold", "p_value")}
-        seconds, folder = record.get("method_seconds"), str(store.folder(cell))
-        found.append(
-            {"spec": spec, **entry, "seconds": seconds, "error": outcome.failed.get(cell), "run": folder}
-        )
+    found = [_entry(cell, store, outcome.failed.get(cell)) for cell in cells]
     _write(found, out)
     return found
+
+
+def _entry(cell: Cell, store: Store, error: str | None) -> dict[str, Any]:
+    record = {} if error else store.facts(cell)["record"]
+    return {
+        "spec": cell.data["encoder"],
+        **{name: record.get(name) for name in ("verdict", "score", "threshold", "p_value")},
+        "seconds": seconds_of(record),
+        "error": error,
+        "run": str(store.folder(cell)),
+    }
 
 
 def exit_code(found: list[dict[str, Any]]) -> int:

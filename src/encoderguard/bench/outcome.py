@@ -14,7 +14,16 @@ from encoderguard.errors import UsageError
 from encoderguard.fidelity import trojai_fidelity
 from encoderguard.storage import prepare_folder, write_text
 
-__all__ = ["RESULT", "collect", "comparable", "numbers", "read_result", "recomputed", "write_result"]
+__all__ = [
+    "RESULT",
+    "collect",
+    "comparable",
+    "numbers",
+    "read_result",
+    "recomputed",
+    "seconds_of",
+    "write_result",
+]
 
 RESULT = "bench.json"
 _SCHEMA = 1
@@ -81,18 +90,18 @@ def numbers(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             found |= {n: record.get(n) for n in ("acc", "asr", "asr_all", "clean_acc", "clean_asr")}
             found |= {"map": held["map"]} if "map" in held else {}
         elif role == "purify":
-            found |= {"seconds": _seconds(record), "memory": record.get("peak_memory_bytes")}
+            found |= {"seconds": seconds_of(record), "memory": record.get("peak_memory_bytes")}
             found["overlap"] = (record.get("fidelity") or {}).get("neighbour_overlap")
         elif role == "scan":
             found |= {n: record.get(n) for n in ("verdict", "score", "threshold", "p_value")}
-            found["seconds"] = _seconds(record)
+            found["seconds"] = seconds_of(record)
             found["flagged"] = (record.get("evidence") or {}).get("flagged", "below")
         elif role == "profile":
             found["profiles"] = record["profiles"]
     return found
 
 
-def _seconds(record: Mapping[str, Any]) -> float | None:
+def seconds_of(record: Mapping[str, Any]) -> float | None:
     """Of the method; of a resumed run only the last part is known, which is no speed."""
     return None if record.get("resumed") else record.get("method_seconds")
 

@@ -11,6 +11,7 @@ from encoderguard.cli.options import DetectorName, References, Settings, parse_s
 from encoderguard.cli.running import guarded, say, watched
 
 if TYPE_CHECKING:
+    from encoderguard.bench.cells import Places
     from encoderguard.bench.plan import Plan
 
 __all__ = ["bench", "scan_fleet"]
@@ -56,15 +57,9 @@ def run(
     """Run suites; what is in the store is not computed again."""
 
     def work() -> int:
-        from encoderguard.bench.cells import Places
         from encoderguard.bench.run import plans, run_bench
 
-        places = Places(
-            packs=None if packs is None else str(packs),
-            data_root=None if data_root is None else str(data_root),
-            download=download,
-            device=device,
-        )
+        places = _places(packs, data_root, download=download, device=device)
         if dry_run:
             planned = plans(suites, size, places, zoo=zoo, victims=victim or ())
             return _show_plans(planned, store or out / "store")
@@ -91,6 +86,17 @@ def run(
         return 0
 
     return guarded(work)
+
+
+def _places(packs: Path | None, data_root: Path | None, *, download: bool, device: str) -> "Places":
+    from encoderguard.bench.cells import Places
+
+    return Places(
+        packs=None if packs is None else str(packs),
+        data_root=None if data_root is None else str(data_root),
+        download=download,
+        device=device,
+    )
 
 
 def _show_plans(planned: "Sequence[Plan]", store: Path) -> int:

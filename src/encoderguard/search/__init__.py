@@ -46,7 +46,7 @@ collapse any encoder further than patches do, so families are not compared as th
 STANDS_OUT = 0.25
 """From this excess on it is more than clean encoders differ by: the margin of trigger_search."""
 OUT_OF_PLACE = 0.4
-"""From this interaction on; the largest of 19 clean encoders was .36 and .32 in two draws of images."""
+"""From this interaction on; the largest of 19 clean encoders was .32 (benchmarks/what_stands_out.py)."""
 _NEGLIGIBLE = 0.1
 """Added to displacements, so that ratios of next to nothing are 1, as in trigger_search."""
 _FEWEST_COLOURS = 3
