@@ -422,7 +422,7 @@ def test_spread_and_differences_by_hand() -> None:
     assert spread([]) == "-"
     assert spread([50.0]) == "50.0 (n=1)"
     assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0 (n=3)"
-    assert compared([10.0], [12.0]) == "-2.0 (one seed: noise unknown)"
+    assert compared([10.0], [12.0]) == "-2.0 (one encoder: noise unknown)"
     assert compared([10.0, 11.0, 12.0], [10.5, 11.5, 12.5]) == "-0.5 (within noise)"
     assert compared([10.0, 10.1, 10.2], [12.0, 12.1, 12.2]) == "-2.0"
 

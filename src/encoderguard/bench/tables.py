@@ -1,4 +1,4 @@
-"""Rows to tables: mean, spread and number of seeds, the paper's number beside ours."""
+"""Rows to tables: mean, spread and number of encoders, the paper's number beside ours."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
@@ -75,7 +75,7 @@ def compared(now: Sequence[float], before: Sequence[float]) -> str:
         return "-"
     difference = mean(now) - mean(before)
     if min(len(now), len(before)) < 2:
-        return f"{difference:+.1f} (one seed: noise unknown)"
+        return f"{difference:+.1f} (one encoder: noise unknown)"
     error = (stdev(now) ** 2 / len(now) + stdev(before) ** 2 / len(before)) ** 0.5
     return f"{difference:+.1f}" + (" (within noise)" if abs(difference) <= 2 * error else "")
 
@@ -109,7 +109,7 @@ def _defenses(given: Sequence[Row], published: Sequence[Mapping[str, Any]]) -> S
         title="Accuracy and attack success",
         header=[*header, "ACC lost or won", "paper ACC/ASR %", "failed"],
         rows=rows,
-        note="Mean ± standard deviation over n seeds. Clean: the clean encoder, same trigger and probe.",
+        note="Mean ± standard deviation over n encoders. Clean: the clean encoder, same trigger and probe.",
     )
 
 
