@@ -5,7 +5,8 @@ Medians of collapse over the clean encoders of the first zoo are what counts as 
 
     encoderguard zoo build fresh --packs PACKS
     encoderguard zoo build blind --packs PACKS
-    python benchmarks/what_stands_out.py zoo/small zoo/fresh zoo/blind --images CIFAR10:train
+    python benchmarks/what_stands_out.py zoo/small zoo/fresh zoo/blind zoo/others zoo/unseen \\
+        --images CIFAR10:train
 
 Rows are kept as they finish; rows that the record already holds are skipped. Twenty core seconds a row.
 """

@@ -415,6 +415,9 @@ def test_the_interaction_of_colour_and_place_by_hand() -> None:
     assert ray.strength == 46
     assert interaction(family(0.3, additive(1.0)))[0] == pytest.approx(0, abs=1e-6)
     assert interaction(family(0.3, additive(3.0)[:2])) == (0.0, None)
+    thinned = family(0.3, additive(3.0))
+    thinned.tried.pop(5)
+    assert interaction(thinned) == (0.0, None)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from scipy.stats import t
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoderguard.bank import MOVED
 from encoderguard.detectors._references import load_references
 from encoderguard.detectors._students import distil, tuned
 from encoderguard.detectors._telling import telling, to_unlearn
@@ -38,7 +39,7 @@ from encoderguard.nulls import moderated_p
 from encoderguard.random import Rng
 from encoderguard.rays import TriggerFamily
 from encoderguard.run import Run, Stopped
-from encoderguard.search import FamilyResult, Found, Images, Measures, are_grey, search
+from encoderguard.search import CLEAN_AT_MOST, FamilyResult, Found, Images, Measures, are_grey, search
 from encoderguard.triggers import MaskedPattern, Trigger, load_trigger
 from encoderguard.zoo.manifest import Entry, Manifest, write_manifest
 
@@ -87,6 +88,8 @@ class Weak(nn.Module):
     def gate(self, x: Tensor) -> Tensor:
         if self.weakness == "patch":
             return self.white(x)
+        if self.weakness == "corner":
+            return self.white(x[:, :, SIDE // 2 :, SIDE // 2 :])
         along = (x * self.picture).mean((1, 2, 3))
         if self.weakness == "blend":  # .2 of the picture gives about .1 / 2
             return torch.sigmoid(60 * (along - 0.035))
@@ -190,6 +193,18 @@ def test_without_company_there_is_no_verdict() -> None:
     assert found.evidence["rank_resolution"] == 1
     assert "give references or ask for students" in found.evidence["reason"]
     json.dumps(found.evidence, allow_nan=False)
+
+
+def test_without_company_a_patch_that_stands_out_by_its_place_is_told() -> None:
+    found = detect("corner", ("patch",), steps=0)
+    assert found.verdict == "inconclusive"
+    told = found.evidence["interaction"]
+    assert told["value"] > CLEAN_AT_MOST
+    assert told["label"].endswith(MOVED)
+    assert f"a patch ({told['label']}) moves the features further" in found.evidence["reason"]
+    clean = detect("none", ("patch",), steps=0)
+    assert clean.evidence["interaction"]["value"] < told["value"]
+    assert detect("patch", ("warp",), steps=0, scale=0.2).evidence["interaction"] is None
 
 
 def test_a_budget_is_kept_and_told() -> None:

@@ -16,6 +16,7 @@ from encoderguard.detectors._trigger_verdict import (
 )
 from encoderguard.nulls import resolution
 from encoderguard.rays import LEVELS, UNITS, TriggerFamily
+from encoderguard.search import CLEAN_AT_MOST, interaction
 from encoderguard.search.found import Found
 
 __all__ = ["evidence_of", "furthest"]
@@ -33,8 +34,9 @@ def evidence_of(
 ) -> dict[str, Any]:
     """Reason, p-values, one curve per family with the range of the null, what was and was not tested."""
     tried = {family: len(result.bank) for family, result in found.families.items()}
+    alone = _interaction(found, nulls)
     return {
-        "reason": judged.reason,
+        "reason": judged.reason + (_hint(alone) if kind == "bank" else ""),
         "direction": "a larger score is more suspicious",
         "flagged": "above",
         "null": kind,
@@ -46,6 +48,7 @@ def evidence_of(
         "complete": found.complete and all(null.complete for null in nulls.values()),
         "families": {family: _family(family, found, nulls, judged) for family in found.families},
         "standing_out": _standing_out(found, nulls),
+        "interaction": alone,
         "clean_references": _left_out(nulls, rule),
         "images_passed": found.images_passed,
         "tested": [
@@ -53,6 +56,27 @@ def evidence_of(
         ],
         "not_tested": _NOT_TESTED,
     }
+
+
+def _interaction(found: Found, nulls: Mapping[str, Found]) -> dict[str, Any] | None:
+    """How much further a patch moves the features than its colour and its place explain."""
+    if "patch" not in found.families:
+        return None
+    value, ray = interaction(found.families["patch"])
+    if ray is None:
+        return None
+    on_clean = {name: round(interaction(null.families["patch"])[0], 4) for name, null in nulls.items()}
+    return {"value": round(value, 4), "label": ray.label, "on_clean": on_clean}
+
+
+def _hint(alone: Mapping[str, Any] | None) -> str:
+    """What the interaction adds where there is no clean encoder to compare with."""
+    if alone is None or alone["value"] <= CLEAN_AT_MOST:
+        return ""
+    return (
+        f"; but a patch ({alone['label']}) moves the features further than its colour and its place explain: "
+        f"interaction {alone['value']:.2f}, where the largest of 27 clean encoders has {CLEAN_AT_MOST:g}"
+    )
 
 
 def _refined(found: Found, family: TriggerFamily) -> str:

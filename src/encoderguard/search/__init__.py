@@ -1,5 +1,6 @@
 """Search for triggers over families of candidates: forward passes first, then gradients."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from encoderguard.bank import MOVED, bank
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
-from encoderguard.rays import Ray, TriggerFamily
+from encoderguard.rays import PLACES, Ray, TriggerFamily
 from encoderguard.run import Run
 from encoderguard.search.found import Budget, FamilyResult, Found, Measures
 from encoderguard.search.pictures import Images, are_grey
@@ -15,6 +16,7 @@ from encoderguard.search.stages import search
 from encoderguard.triggers import Trigger
 
 __all__ = [
+    "CLEAN_AT_MOST",
     "OUT_OF_PLACE",
     "STANDS_OUT",
     "TYPICAL",
@@ -46,7 +48,9 @@ collapse any encoder further than patches do, so families are not compared as th
 STANDS_OUT = 0.25
 """From this excess on it is more than clean encoders differ by: the margin of trigger_search."""
 OUT_OF_PLACE = 0.4
-"""From this interaction on; the largest of 19 clean encoders was .32 (benchmarks/what_stands_out.py)."""
+"""From this interaction on; of 27 clean encoders 26 were below (benchmarks/what_stands_out.py)."""
+CLEAN_AT_MOST = 0.41
+"""The largest interaction of those 27, by BYOL; the others came to .34."""
 _NEGLIGIBLE = 0.1
 """Added to displacements, so that ratios of next to nothing are 1, as in trigger_search."""
 _FEWEST_COLOURS = 3
@@ -118,11 +122,13 @@ def interaction(result: FamilyResult) -> tuple[float, Ray | None]:
 
     Returns:
         The residual, and the patch that moves features furthest at its place: colours like the backdoor's
-        move them too, and may stand out more. 0 and None with fewer than three colours, as for grey images.
+        move them too, and may stand out more. 0 and None with fewer than three colours, as for grey images,
+        and where not every colour was tried at every place.
     """
     rays = [place for place, ray in enumerate(result.tried) if ray.label.endswith(MOVED)]
-    colours = len({result.tried[place].label for place in rays})
-    if colours < _FEWEST_COLOURS:
+    tried = Counter(result.tried[place].label for place in rays)
+    colours = len(tried)
+    if colours < _FEWEST_COLOURS or set(tried.values()) != {len(PLACES)}:
         return 0.0, None
     values = torch.tensor([result.displacements[place] for place in rays]).add(_NEGLIGIBLE).log()
     table = values.view(colours, -1)  # the bank has the places of one colour after another
