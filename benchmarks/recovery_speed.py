@@ -100,6 +100,7 @@ def main() -> None:
     record = {
         "format": "encoderguard.benchmark/1",
         "benchmark": "recovery_speed",
+        "images": given.images.rpartition("/")[2],
         "generators": given.generators,
         "width": given.width,
         "steps": given.steps,
