@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("patch_places", "poisoning", "pair_layouts"),
     ("sanity", "checkpoints", "loading"),
-    ("hooks", "features", "augment", "captions", "calibration", "nulls"),
+    ("hooks", "features", "augment", "disturbance", "captions", "calibration", "nulls"),
     ("losses", "similarity", "mine", "information"),
     ("plans", "training", "planting_terms", "planting", "pruning", "repair", "clusters", "tuning"),
     (

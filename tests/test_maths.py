@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as reference
 
-from encoderguard.augment import SIMCLR, SIMCLR_NO_CROP, Augmentation, adjust_hue, random_patches
+from encoderguard.augment import SIMCLR, SIMCLR_NO_CROP, Augmentation, adjust_hue
+from encoderguard.disturbance import random_noise, random_patches
 from encoderguard.information import gaussian_information, layer_weights
 from encoderguard.losses import (
     attention_loss,
@@ -179,6 +180,22 @@ def test_random_patches_are_grids_of_up_to_four_cells_half_of_them_of_full_colou
     assert sum(count == 1 for count in counts) > 100  # a third are of one cell
     assert sum(count > 4 for count in counts) > 50
     assert 0.4 < sum(full) / len(full) < 0.6
+
+
+def test_random_noise_is_blended_by_up_to_half_and_grey_in_every_second_image() -> None:
+    black = torch.zeros(400, 3, 16, 16)
+    assert random_noise(black, 0.0, Rng(0).generator()) is black
+    noisy = random_noise(black, 1.0, Rng(0).generator())
+    weights = noisy.flatten(1).amax(1)  # 768 draws come close to 1
+    assert 0.45 < float(weights.max()) <= 0.5
+    assert float(weights.mean()) == pytest.approx(0.25, abs=0.03)
+    means = noisy.flatten(1).mean(1) / weights
+    assert float(means.mean()) == pytest.approx(0.5, abs=0.01)
+    grey = (noisy == noisy[:, :1]).flatten(1).all(1)
+    assert 0.4 < float(grey.float().mean()) < 0.6
+    touched = (random_noise(black, 0.3, Rng(1).generator()) > 0).flatten(1).any(1).float().mean()
+    assert 0.2 < float(touched) < 0.4
+    assert bool((random_noise(black + 1, 1.0, Rng(2).generator()) <= 1).all())
 
 
 def test_layer_weights_by_hand() -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from encoderguard import jobs
-from encoderguard.augment import AUGMENTATIONS, random_patches
+from encoderguard.augment import AUGMENTATIONS
 from encoderguard.cli import main
+from encoderguard.disturbance import random_noise, random_patches
 from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderGuardError, ImageError, RunError, SettingError
 from encoderguard.images import ImageSet
@@ -177,13 +178,14 @@ def test_shares_are_those_of_the_whole() -> None:
     torch.testing.assert_close(torch.cat(parts), augmentation(whole, Rng(4).generator()))
 
 
-def test_patches_of_stacked_views_are_those_of_the_whole() -> None:
+@pytest.mark.parametrize("disturb", [random_patches, random_noise])
+def test_disturbances_of_stacked_views_are_those_of_the_whole(disturb: Any) -> None:
     first, second = torch.rand(2, 6, 3, 8, 8, generator=Rng(5).generator())
-    whole = random_patches(torch.cat([first, second]), 0.7, Rng(6).generator())
+    whole = disturb(torch.cat([first, second]), 0.7, Rng(6).generator())
     for each in (Peers(rank, 3) for rank in range(3)):
         own = torch.cat([each.share(first), each.share(second)])
         expected = torch.cat([each.share(part) for part in whole.chunk(2)])
-        assert torch.equal(random_patches(own, 0.7, Rng(6).generator(), peers=each, views=2), expected)
+        assert torch.equal(disturb(own, 0.7, Rng(6).generator(), peers=each, views=2), expected)
 
 
 def test_a_process_alone_changes_nothing() -> None:

@@ -23,14 +23,11 @@ __all__ = [
     "AugmentationName",
     "adjust_hue",
     "gaussian_blur",
-    "random_patches",
 ]
 
 AugmentationName = Literal["badencoder", "ctrl", "moco_v2", "byol"]
 
 _GREY = (0.299, 0.587, 0.114)
-_CELLS = 4
-"""The most cells a side of a random patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,48 +200,3 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
     k = (hue.unsqueeze(1) + offsets) % 6
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def random_patches(
-    images: Tensor, probability: float, generator: torch.Generator, *, peers: Peers = ALONE, views: int = 1
-) -> Tensor:
-    """Cover a random rectangle of some images with random colours (after random erasing, Zhong et al. 2020).
-
-    Sides are 1/8 to 1/2 of the image's, places uniform. A patch is a grid of 1, 2 or 4 cells a side, each of
-    one uniform colour; in every second patch the channels are rounded to 0 and 1, because uniform
-    colours are hardly ever as strong as white or black. Nothing is taken from any trigger.
-
-    Args:
-        images: ``[N, 3, H, W]`` in [0, 1]; unchanged.
-        probability: share of the images that get a patch.
-        generator: CPU generator of all draws.
-        peers: the processes of which ``images`` is one's share.
-        views: how many views of the share are stacked in ``images``.
-    """
-    if probability == 0:
-        return images
-    n, _, height, width = images.shape
-    draws = peers.rand(7 + 3 * _CELLS**2, n, generator, views=views).to(images.device)
-    cells = 2 ** (3 * draws[5]).long()
-    colours = draws[7:].T.reshape(n, 3, _CELLS, _CELLS)
-    colours = torch.where((draws[6] < 0.5)[:, None, None, None], colours.round(), colours)
-    down = _within(draws[0], draws[1], height)
-    across = _within(draws[2], draws[3], width)
-    # the cell of each row and column: [N, H] and [N, W]
-    rows, columns = ((part.clamp(0, 0.999) * cells[:, None]).long() for part in (down, across))
-    painted = colours[
-        torch.arange(n, device=images.device)[:, None, None, None],
-        torch.arange(3, device=images.device)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
-    inside = ((down >= 0) & (down < 1))[:, :, None] & ((across >= 0) & (across < 1))[:, None, :]
-    chosen = inside & (draws[4] < probability)[:, None, None]
-    return torch.where(chosen[:, None], painted.to(images.dtype), images)
-
-
-def _within(side: Tensor, start: Tensor, length: int) -> Tensor:
-    """Where each pixel lies in a span of 1/8 to 1/2 of ``length``, which begins at 0 and ends at 1."""
-    span = (0.125 + 0.375 * side) * length
-    places = torch.arange(length, device=side.device) + 0.5
-    return (places - (start * (length - span))[:, None]) / span[:, None]

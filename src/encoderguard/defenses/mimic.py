@@ -8,7 +8,8 @@ from lightly.models.modules import SimCLRProjectionHead
 from pydantic import Field
 from torch import Tensor, nn
 
-from encoderguard.augment import SIMCLR, random_patches
+from encoderguard.augment import SIMCLR
+from encoderguard.disturbance import random_noise, random_patches
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
 from encoderguard.information import Measure, Profile, layer_profile, layer_weights
@@ -149,6 +150,8 @@ class MIMIC(Defense):
     """Weight of the dependence in beta."""
     patches: Annotated[float, Field(ge=0, le=1)] = _BY_MODE
     """Probability that a random patch covers part of what the student alone sees; not in the paper."""
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that noise is blended into what the student alone sees; not in the paper."""
     compare: Literal["both", "first"] = _BY_MODE
     """On which of the two views student and teacher are compared (L0 and L2); NT-Xent always takes both."""
     temperature: Annotated[float, Field(gt=0)] = 0.5
@@ -222,8 +225,9 @@ class MIMIC(Defense):
     ) -> dict[str, Tensor]:
         n, peers, generator = len(batch.images), batch.peers, batch.rng.generator("views")
         views = torch.cat([SIMCLR(batch.images, generator, peers=peers) for _ in range(2)])
-        drawing = batch.rng.generator("patches")
+        drawing, blending = batch.rng.generator("patches"), batch.rng.generator("noise")
         seen = random_patches(views, self.patches, drawing, peers=peers, views=2)
+        seen = random_noise(seen, self.noise, blending, peers=peers, views=2)
         with torch.no_grad():
             aim, aim_stages = teacher.features_and_stages(views if self.compare == "both" else views[:n])
         features, stages = student.features_and_stages(seen)

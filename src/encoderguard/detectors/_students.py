@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from encoderguard.augment import SIMCLR, random_patches
+from encoderguard.augment import SIMCLR
+from encoderguard.disturbance import random_patches
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
 from encoderguard.losses import cosine_distance
