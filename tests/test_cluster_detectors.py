@@ -30,9 +30,9 @@ from encoderguard.detectors.abs import ABS, judge_share, wilson
 from encoderguard.detectors.ssl_cleanse import SSLCleanse, cluster_indices
 from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderError, ImageError, SettingError
+from encoderguard.hidden import Units, last_stage_units
 from encoderguard.images import ImageSet
 from encoderguard.methods import Detector
-from encoderguard.pruning import Units, last_stage_units
 from encoderguard.random import Rng
 from encoderguard.run import Run
 from tests.toys import toy_encoder, toy_images
@@ -146,7 +146,8 @@ def test_one_channel_of_each_copy_is_set() -> None:
 
 
 def test_stimulation_agrees_with_setting_the_channel_for_all_images_at_once() -> None:
-    from encoderguard.pruning import channel_activations, edited
+    from encoderguard.hidden import edited
+    from encoderguard.pruning import channel_activations
     from encoderguard.similarity import mean_pairwise_cosine, standardise
 
     encoder, images = toy_encoder(), toy_images(6)

@@ -18,11 +18,12 @@ from encoderguard.defenses.retrain import Retrain
 from encoderguard.defenses.ssl_kd import SSLKD, info_nce, regression
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError, ImageError, NonFiniteError, SettingError
+from encoderguard.hidden import last_stage_units
 from encoderguard.hooks import captured
 from encoderguard.images import ImageSet
 from encoderguard.losses import attention_loss
 from encoderguard.methods import Defense
-from encoderguard.pruning import channel_activations, last_stage_units
+from encoderguard.pruning import channel_activations
 from encoderguard.random import Rng
 from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import neighbour_overlap

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +11,9 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torchvision.ops import FrozenBatchNorm2d
 
 from encoderguard.backbones import ResNet
 from encoderguard.bundles import read_provenance
@@ -172,6 +176,62 @@ def test_a_wrapped_module_with_an_unreachable_parameter_has_no_student() -> None
     module.token = nn.Parameter(torch.zeros(3))
     with pytest.raises(EncoderError, match=r"no reset_parameters reaches \[token\]; give it one"):
         Encoder.wrap(module, taps=[]).fresh(Rng(0))
+
+
+class Scaled(nn.Module):
+    """Resets its own scale, and has a child that nothing resets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.ParameterDict({"weight": torch.randn(4, 3, 3, 3)})
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.core["weight"]) * self.scale
+
+
+def frozen_norm() -> FrozenBatchNorm2d:
+    norm = FrozenBatchNorm2d(4)
+    norm.running_mean.uniform_()
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(Scaled(), "core.weight"), (nn.Sequential(nn.Conv2d(3, 4, 3), frozen_norm()), "1.running_mean")],
+)
+def test_a_student_never_keeps_what_a_reset_leaves_as_it_was(module: nn.Module, name: str) -> None:
+    with pytest.raises(EncoderError, match=rf"no reset_parameters reaches \[{name}\]; give it one"):
+        Encoder.wrap(module, taps=[]).fresh(Rng(0))
+
+
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_parametrised_weight_is_reset_for_the_student(parametrize: Any) -> None:
+    model = Encoder.wrap(nn.Sequential(parametrize(nn.Conv2d(3, 4, 3, bias=False)), nn.Flatten()), taps=["0"])
+    student, images = model.fresh(Rng(3)), torch.rand(2, 3, 8, 8)
+    kept = dict(model.named_parameters())
+    assert not [name for name, value in student.named_parameters() if torch.equal(value, kept[name])]
+    assert torch.equal(student.eval()(images), model.fresh(Rng(3)).eval()(images))
+
+
+def test_attention_is_reset_for_the_student() -> None:
+    module = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 8, dropout=0), nn.Flatten())
+    model = Encoder.wrap(module, taps=["1"])
+    before, after = model.backbone.state_dict(), model.fresh(Rng(0)).backbone.state_dict()
+    weights = [name for name, value in before.items() if value.ndim > 1]
+    assert "1.self_attn.in_proj_weight" in weights
+    assert not [name for name in weights if torch.equal(before[name], after[name])]
+
+
+def test_asking_for_the_width_of_the_features_leaves_mixed_modes_alone() -> None:
+    model = encoder().train()
+    model.backbone.get_submodule("bn1").eval()
+    assert model.feature_dim == 32
+    assert model.backbone.training
+    assert not model.backbone.get_submodule("bn1").training
 
 
 # --- fingerprint and bundles ----------------------------------------------------------------------

@@ -10,16 +10,9 @@ from torch import Tensor, nn
 from encoderguard.defenses.fine_pruning import without_least_active
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.errors import EncoderError, SettingError
+from encoderguard.hidden import Units, edited, hidden_units, last_stage_units
 from encoderguard.images import ImageSet
-from encoderguard.pruning import (
-    Units,
-    bake,
-    channel_activations,
-    edited,
-    hidden_units,
-    last_stage_units,
-    masked,
-)
+from encoderguard.pruning import bake, channel_activations, masked
 from encoderguard.random import Rng
 from encoderguard.run import Run
 from encoderguard.triggers import Patch
@@ -88,6 +81,28 @@ def test_an_activation_that_does_not_keep_zero_hides_nothing_that_could_be_taken
     assert hidden_units(chain(nn.Sigmoid())) == []
     with pytest.raises(EncoderError, match="has no hidden channels that could be taken out"):
         last_stage_units(chain(nn.Sigmoid()))
+
+
+class Gated(nn.Module):
+    """A squeeze-and-excitation gate: every channel is scaled by what all of them say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(4, 4, 1)
+        self.expand = nn.Conv2d(4, 4, 1)
+
+    def forward(self, channels: Tensor) -> Tensor:
+        scale: Tensor = self.expand(self.reduce(channels.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return channels * scale
+
+
+def test_channels_that_a_gate_reads_are_not_hidden_but_those_inside_it_are() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Identity(), nn.Conv2d(4, 2, 1), nn.Flatten())
+    assert [units.producer for units in hidden_units(Encoder.wrap(network, taps=["3"]))] == ["0"]
+    network[2] = Gated()
+    nn.init.ones_(network.get_submodule("2.reduce").weight)  # type: ignore[arg-type]
+    assert [units.producer for units in hidden_units(Encoder.wrap(network, taps=["3"]))] == ["2.reduce"]
 
 
 def test_activations_by_hand() -> None:

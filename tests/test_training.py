@@ -86,6 +86,30 @@ def test_a_stopped_run_resumes_to_the_same_end(tmp_path: Path, stop_at: int) -> 
     assert torch.equal(whole.state_dict()["weight"], resumed.state_dict()["weight"])
 
 
+def test_dropout_follows_the_seed_and_survives_a_resume(tmp_path: Path) -> None:
+    def fitted(run: Run, outside: int) -> tuple[Tensor, History]:
+        model = linear()
+        torch.manual_seed(outside)
+        state = torch.get_rng_state()
+        _, history = fit(run, nn.Sequential(nn.Dropout(0.5), model))
+        assert torch.equal(torch.get_rng_state(), state), "training leaves the caller's generator alone"
+        return model.weight, history
+
+    whole, history = fitted(Run(rng=Rng(0)), 1)
+    run = Run(rng=Rng(0), checkpoint=tmp_path / "checkpoint.pt", resume=True)
+
+    def stop(task: str, done: int, total: int, note: str = "") -> None:
+        run.stop.requested = done == 3
+
+    with pytest.raises(Stopped):
+        fitted(replace(run, progress=stop), 2)
+    run.stop.requested = False
+    resumed, rest = fitted(run, 3)
+    assert rest == history
+    assert torch.equal(whole, resumed)
+    assert not torch.equal(whole, fitted(Run(rng=Rng(1)), 1)[0])
+
+
 def test_resuming_with_another_plan_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
     run = Run(rng=Rng(0), checkpoint=tmp_path / "checkpoint.pt", resume=True)
     run.stop.requested = True

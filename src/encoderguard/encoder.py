@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from encoderguard.architectures import build_backbone
 from encoderguard.backbones import Stem
-from encoderguard.bundles import Storage, listed, load_state, read_bundle, write_bundle
+from encoderguard.bundles import Storage, load_state, read_bundle, write_bundle
 from encoderguard.errors import EncoderError
+from encoderguard.modules import evaluating, reinitialise
 from encoderguard.random import Rng, isolated
 
 __all__ = ["Encoder", "EncoderSpec"]
@@ -152,11 +153,8 @@ class Encoder(nn.Module):
     def feature_dim(self) -> int:
         """D, found by one forward pass of a grey image."""
         size = self.spec.input_size or 32
-        training = self.training
-        with torch.no_grad():
-            dim = self.eval()(torch.full((1, 3, size, size), 0.5, device=self.mean.device)).shape[1]
-        self.train(training)
-        return int(dim)
+        with evaluating(self), torch.no_grad():
+            return int(self(torch.full((1, 3, size, size), 0.5, device=self.mean.device)).shape[1])
 
     @property
     def fingerprint(self) -> str:
@@ -179,13 +177,13 @@ class Encoder(nn.Module):
         """The empty student: the same architecture and preprocessing with random weights.
 
         Raises:
-            EncoderError: a wrapped module has parameters that no ``reset_parameters`` reaches.
+            EncoderError: no ``reset_parameters`` of a wrapped module draws all of its weights anew.
         """
         if not self.spec.architecture.startswith("custom:"):
             return Encoder.build(self.spec, rng).to(self.mean.device)
         student = self.clone().train().requires_grad_(True)
         with isolated(rng.integer("weights")):
-            _reset(student.backbone)
+            reinitialise(student.backbone)
         return student
 
     def save(
@@ -235,21 +233,6 @@ def _as_map(output: Tensor, layout: str) -> Tensor:
         tokens = output[:, output.shape[1] - side * side :]
         return tokens.transpose(1, 2).reshape(output.shape[0], output.shape[2], side, side)
     raise EncoderError(f"A tap must return [N, C, H, W] or [N, T, C], found shape {list(output.shape)}.")
-
-
-def _reset(module: nn.Module) -> None:
-    covered: set[int] = set()
-    for part in module.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
-            covered |= {id(parameter) for parameter in part.parameters()}
-    left = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
-    if left:
-        raise EncoderError(
-            "The wrapped module cannot be re-initialised: "
-            f"no reset_parameters reaches {listed(left)}; give it one."
-        )
 
 
 def _unsafe(backbone: nn.Module) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import ImageError, SettingError
-from encoderguard.features import evaluating, extract
+from encoderguard.features import extract
 from encoderguard.fidelity import Fidelity, label_free_fidelity, trojai_fidelity
 from encoderguard.images import ImageSet
+from encoderguard.modules import evaluating
 from encoderguard.probes import Classifier, Probe, make_probe
 from encoderguard.run import Run
 from encoderguard.triggers import Trigger

@@ -4,32 +4,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import NonFiniteError
 from encoderguard.images import ImageSet
 from encoderguard.methods import require_images
+from encoderguard.modules import evaluating
 from encoderguard.random import Rng
 from encoderguard.run import Run
 from encoderguard.triggers import Trigger
 
-__all__ = ["Augment", "evaluating", "extract", "extract_stages"]
+__all__ = ["Augment", "extract", "extract_stages"]
 
 Augment = Callable[[Tensor], Tensor]
 """Maps ``[N, 3, H, W]`` in [0, 1] to the same."""
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the module and its parts; afterwards each part has its own mode back."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def extract(

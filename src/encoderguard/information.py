@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
-from encoderguard.features import evaluating
 from encoderguard.mine import mine
+from encoderguard.modules import evaluating
 from encoderguard.random import Rng
 from encoderguard.run import Run
 from encoderguard.similarity import debiased_linear_cka

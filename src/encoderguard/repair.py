@@ -88,11 +88,11 @@ class Gate:
             )
 
     def measure(self, encoder: Encoder) -> float:
-        """As ``utility``, on the images held out; 0 if features are not finite."""
+        """As ``utility``, on the images held out; -1, below every floor, if features are not finite."""
         try:
             features = extract(encoder, self._held_out, run=self._run)
         except NonFiniteError:
-            return 0.0
+            return -1.0
         return neighbour_overlap(features, self._features, _neighbours(len(features)))
 
     @property

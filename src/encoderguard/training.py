@@ -22,7 +22,7 @@ from encoderguard.images import ImageSet
 from encoderguard.methods import History, require_images
 from encoderguard.peers import ALONE, Peers, require_even_shares
 from encoderguard.plans import Plan, optimizer_for
-from encoderguard.random import Rng
+from encoderguard.random import Rng, isolated
 from encoderguard.run import Run, Stopped
 from encoderguard.storage import write_atomic
 
@@ -104,12 +104,13 @@ def train(
     """
     require_images(images, plan.batch_size, task.capitalize())
     loop = _Loop(model, images, plan, run, task, fixed)
-    while loop.step < loop.total and not (enough and loop.between_epochs and enough(loop.history)):
-        (prepare or model.train)()
-        loop.apply(loop.terms(loss))
-        if after_step is not None:
-            after_step(loop.step, loop.total)
-        loop.report(monitor)
+    with isolated(0):  # each step seeds the global generators anew, for dropout
+        while loop.step < loop.total and not (enough and loop.between_epochs and enough(loop.history)):
+            (prepare or model.train)()
+            loop.apply(loop.terms(loss))
+            if after_step is not None:
+                after_step(loop.step, loop.total)
+            loop.report(monitor)
     return loop.history
 
 
@@ -183,6 +184,7 @@ class _Loop:
         source = self.images.take(chosen) if self.pixels is None else self.pixels[chosen.to(self.run.device)]
         rng = self.run.rng.child("step", self.step)
         batch = Batch(self._floats(source), chosen, rng, wide, epoch, self.peers)
+        torch.manual_seed(rng.integer("modules", self.peers.rank))
         with self.run.autocast():
             return self.around(partial(loss, batch))
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from encoderguard.augment import SIMCLR
 from encoderguard.encoder import Encoder
 from encoderguard.errors import NonFiniteError
+from encoderguard.hidden import Units
 from encoderguard.images import ImageSet
 from encoderguard.losses import cosine_distance
 from encoderguard.methods import History
-from encoderguard.pruning import Units, masked
+from encoderguard.pruning import masked
 from encoderguard.repair import Contrast, Gate, Repair
 from encoderguard.run import Run
 from encoderguard.training import Batch, Plan, train

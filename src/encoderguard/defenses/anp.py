@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderError
+from encoderguard.hidden import hidden_units
 from encoderguard.images import ImageSet
 from encoderguard.losses import cosine_distance
 from encoderguard.methods import Defense, History, Purified
-from encoderguard.pruning import hidden_units
 from encoderguard.registry import register
 from encoderguard.repair import PRUNING_FLOOR, Repair, begin
 from encoderguard.run import Run

@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from encoderguard.encoder import Encoder
+from encoderguard.hidden import Units, last_stage_units
 from encoderguard.images import ImageSet
 from encoderguard.methods import Defense, Purified
-from encoderguard.pruning import Units, bake, channel_activations, last_stage_units, masked
+from encoderguard.pruning import bake, channel_activations, masked
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run

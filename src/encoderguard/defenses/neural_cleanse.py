@@ -13,9 +13,10 @@ from encoderguard.clusters import Clusters, outlier_indices
 from encoderguard.encoder import Encoder
 from encoderguard.feature_heads import cluster_head
 from encoderguard.features import extract
+from encoderguard.hidden import Units, last_stage_units
 from encoderguard.images import ImageSet
 from encoderguard.methods import Defense, Purified
-from encoderguard.pruning import Units, bake, channel_activations, last_stage_units, masked
+from encoderguard.pruning import bake, channel_activations, masked
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, Repair, begin
 from encoderguard.run import Run

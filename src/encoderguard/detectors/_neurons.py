@@ -9,8 +9,9 @@ from torch import Tensor
 
 from encoderguard.encoder import Encoder
 from encoderguard.errors import EncoderError, NonFiniteError
+from encoderguard.hidden import Units, edited
 from encoderguard.images import ImageSet
-from encoderguard.pruning import Units, channel_activations, edited
+from encoderguard.pruning import channel_activations
 from encoderguard.run import Run
 from encoderguard.similarity import mean_pairwise_cosine, standardise
 from encoderguard.triggers import MaskedPattern

@@ -13,9 +13,9 @@ from encoderguard.detectors._neurons import COLLAPSE, Goal, Neuron, invert_neuro
 from encoderguard.encoder import Encoder
 from encoderguard.feature_heads import linear_head
 from encoderguard.features import extract
+from encoderguard.hidden import last_stage_units
 from encoderguard.images import ImageSet
 from encoderguard.methods import Detection, Detector, Verdict, require_images
-from encoderguard.pruning import last_stage_units
 from encoderguard.registry import register
 from encoderguard.repair import pseudo_classes, split
 from encoderguard.run import Run
