@@ -123,7 +123,7 @@ def compare(path: Path, seed: int, images: ImageSet, options: argparse.Namespace
     plain = Straightforward(encoder.clone(), images, seeds.child("plain"), options.max_epochs)
     scores, theirs = timed(lambda: plain.scores(options.restarts))
     side = max(images.shape)
-    table = [entry.score for entry in known_clean(encoder.spec, side, "raw")]
+    table = [entry.score for entry in known_clean(encoder.spec, side, "raw", images.name)]
     verdict = judge(min(scores), tau=detector.tau, margin=detector.margin, table=table).verdict
     return {
         "encoder": path.name,

@@ -651,6 +651,24 @@ def test_a_fleet_is_scanned_once(finished: Path, tmp_path: Path, monkeypatch: py
     assert len((tmp_path / "fleet.csv").read_text().splitlines()) == 4
 
 
+def test_a_scan_of_a_fleet_belongs_to_the_content_of_all_files_that_are_named(tmp_path: Path) -> None:
+    from encoderguard.bench.fleet import _identity, _names_files
+
+    weights, zoo = tmp_path / "w.pth", tmp_path / "zoo"
+    zoo.mkdir()
+    specs: list[Any] = [str(weights), f"resnet18:{weights}", f"timm:resnet18@{weights}", [str(zoo)]]
+    seen = []
+    for content in (b"one", b"other"):
+        weights.write_bytes(content)
+        (zoo / "manifest.json").write_bytes(content)
+        assert all(map(_names_files, specs))
+        seen.append([_identity(spec) for spec in specs])
+    assert not set(seen[0]) & set(seen[1])
+    assert not _names_files("fast")
+    assert not _names_files(0.5)
+    assert _identity("timm:resnet18") == _identity("timm:resnet18") != _identity("timm:resnet50")
+
+
 def test_exit_codes_of_a_fleet() -> None:
     from encoderguard.bench.fleet import exit_code
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -12,12 +13,14 @@ from encoderguard import registry
 from encoderguard.cli import main
 from encoderguard.cli.options import parse_settings
 from encoderguard.cli.running import default_folder
+from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
+from encoderguard.methods import Purified
 from encoderguard.results import ScanRecord, parse_record, read_record, write_record
 from encoderguard.run import Run
 from encoderguard.triggers import Patch, save_trigger
-from tests.toys import TOYS, ToyDetector, ToyPretraining, toy_encoder
+from tests.toys import TOYS, ToyDefense, ToyDetector, ToyPretraining, toy_encoder
 
 
 class Said(NamedTuple):
@@ -57,6 +60,38 @@ PRETRAIN = ("pretrain", "toy", "--width", "2", "--count", "16", "--image-size", 
 @pytest.mark.parametrize(("verdict", "code"), [("clean", 0), ("backdoored", 1), ("inconclusive", 3)])
 def test_the_exit_code_tells_the_verdict(shell: Shell, verdict: str, code: int) -> None:
     assert shell(*SCAN, "-p", f"verdict={verdict}").code == code
+
+
+def test_the_reader_of_standard_output_may_go_and_the_verdict_stays(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert main([*SCAN, "-p", "verdict=backdoored", "--device", "cpu"]) == 1
+    sys.stdout.close()
+
+
+def test_a_suspect_that_comes_back_as_it_was_is_no_success(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(self: ToyDefense, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
+        return Purified(encoder=encoder.clone(), history={}, evidence={"fallback": "it broke off"})
+
+    monkeypatch.setattr(ToyDefense, "purify", nothing)
+    said = shell("purify", "suspect.safetensors", "--defense", "toy", "--images", "digits:test", "--out", "x")
+    assert said.code == 3
+    assert "changed nothing: what it returned is the suspect encoder itself" in said.out
+    assert "Warning: it broke off" in said.err
+
+
+@pytest.mark.parametrize("job", ["scan", "purify"])
+def test_the_images_of_an_encoder_are_never_guessed(shell: Shell, job: str) -> None:
+    said = shell(job, "suspect.safetensors")
+    assert said.code == 4
+    assert "Missing option '--images'" in said.err
 
 
 def test_json_is_the_record_and_nothing_else(shell: Shell, tmp_path: Path) -> None:
@@ -104,7 +139,11 @@ def test_the_story_by_hand(shell: Shell, tmp_path: Path) -> None:
         "attack", "toy", clean, *small, "--downstream", "digits:train", "--target", "3", "--out", "bad"
     )
     assert json.loads(attack.out)["target"] == 3
-    purify = shell("purify", "bad/encoder.safetensors", "--defense", "toy", *small, "--out", "good")
+    purify = shell(
+        *("purify", "bad/encoder.safetensors", "--defense", "toy", "--images", "digits:train", *small),
+        *("--out", "good"),
+    )
+    assert purify.code == 0
     assert (
         json.loads(purify.out)["encoder"]["fingerprint"]
         == json.loads(attack.out)["result_encoder"]["fingerprint"]

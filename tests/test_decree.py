@@ -1,7 +1,6 @@
 """DECREE on planted toys, its schedule, and the rule that turns a score into a verdict."""
 
 import json
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -46,9 +45,9 @@ class Planted(nn.Module):
 
 
 @cache
-def shadow() -> ImageSet:
+def shadow(name: str = "shadow") -> ImageSet:
     coarse = torch.rand(128, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    return ImageSet.from_arrays((F.interpolate(coarse, (32, 32), mode="bilinear") * 255).byte())
+    return ImageSet.from_arrays((F.interpolate(coarse, (32, 32), mode="bilinear") * 255).byte(), name=name)
 
 
 def encoder(planted: bool) -> Encoder:
@@ -224,10 +223,12 @@ def test_rank_p_values() -> None:
 
 def test_references_are_those_of_the_same_architecture_only() -> None:
     spec = EncoderSpec(architecture="encoderguard:resnet18", width=64)
-    assert [entry.score for entry in known_clean(spec, 32, "raw")] == [0.125, 0.127, 0.112]
-    assert known_clean(spec, 224, "raw") == []
-    assert known_clean(spec, 32, "standardised") == []
-    assert known_clean(spec.model_copy(update={"stem": "imagenet"}), 32, "raw") == []
+    assert [entry.score for entry in known_clean(spec, 32, "raw", "cifar10:train")] == [0.125, 0.127]
+    assert [entry.score for entry in known_clean(spec, 32, "raw", "STL10")] == [0.112]
+    assert known_clean(spec, 32, "raw", "photos") == []
+    assert known_clean(spec, 224, "raw", "cifar10") == []
+    assert known_clean(spec, 32, "standardised", "cifar10") == []
+    assert known_clean(spec.model_copy(update={"stem": "imagenet"}), 32, "raw", "cifar10") == []
     assert all(0 < entry.score < 1 and entry.source for entry in CLEAN_SCORES)
 
 
@@ -235,12 +236,23 @@ def test_known_encoders_are_used_and_named() -> None:
     known = EncoderSpec(architecture="encoderguard:resnet18", width=64)
     marked = encoder(True)
     marked.spec = marked.spec.model_copy(update={"architecture": known.architecture, "width": 64})
-    found = replace(Decree(batch_size=32, max_steps=150)).detect(marked, shadow(), run=RUN)
+    found = Decree(batch_size=32, max_steps=150).detect(marked, shadow("like cifar10"), run=RUN)
     assert found.verdict == "backdoored"
-    assert found.threshold == pytest.approx(0.112 / 1.5)
-    assert found.p_value == 0.25
+    assert found.threshold == pytest.approx(0.125 / 1.5)
+    assert found.p_value == pytest.approx(1 / 3)
     assert found.evidence["clean_references"][0] == {
         "score": 0.125,
         "images": "cifar10",
         "source": "third-party log of the authors' code",
     }
+
+
+def test_few_images_give_a_score_and_no_verdict() -> None:
+    few = shadow().subset(range(60))
+    found = Decree(batch_size=32, max_steps=150).detect(encoder(True), few, run=RUN)
+    assert found.verdict == "inconclusive"
+    assert found.evidence["reason"].endswith(
+        "but 60 images are too few, give 100 at least: a mask that suits few is small"
+    )
+    own = Decree(batch_size=32, max_steps=150, clean_scores=(0.45, 0.5)).detect(encoder(True), few, run=RUN)
+    assert own.verdict == "backdoored"

@@ -68,6 +68,11 @@ def test_the_story_and_its_resumption(tmp_path: Path) -> None:
     again = run_demo(out=tmp_path / "demo", recipe=TINY, seed=3, resume=True)
     assert (again.clean, again.backdoored, again.purified) == (first.clean, first.backdoored, first.purified)
     assert again.runs[0]["seconds"] == first.runs[0]["seconds"]
+    with pytest.raises(SettingError, match="its target was 0, now it is 5"):
+        run_demo(out=tmp_path / "demo", recipe=TINY, seed=3, target=5, resume=True)
+    with pytest.raises(SettingError, match="its seed was 3, now it is 4"):
+        run_demo(out=tmp_path / "demo", recipe=TINY, seed=4, resume=True)
+    assert read_record(tmp_path / "demo") == again
 
 
 def test_a_killed_run_resumes_to_the_same_encoder(tmp_path: Path) -> None:

@@ -69,11 +69,11 @@ def test_the_flagged_side_follows_from_verdict_and_score(
 
 
 def test_write_report_reads_a_folder_and_leaves_only_the_page(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text(json.dumps(RECORD))
+    (tmp_path / "result.json").write_text(json.dumps({"schema_version": 1, **RECORD}))
     np.savez(tmp_path / "arrays.npz", mask=ARRAYS["mask"])
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
-    assert path.read_text(encoding="utf-8") == render(RECORD, ARRAYS)
+    assert path.read_text(encoding="utf-8") == render({"schema_version": 1, **RECORD}, ARRAYS)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["arrays.npz", "report.html", "result.json"]
 
 
@@ -83,6 +83,12 @@ def test_write_report_reads_a_folder_and_leaves_only_the_page(tmp_path: Path) ->
         (None, "does not exist; give the --out folder"),
         ("{", "cannot be read as a record"),
         ("[]", "holds a list"),
+        ("{}", "is not a record"),
+        ('{"schema_version": 99, "job": "scan"}', "schema version 99, which is newer"),
+        ('{"schema_version": -1, "job": "scan"}', "schema version -1; the first is 1"),
+        ('{"schema_version": Infinity, "job": "scan"}', "is not a record"),
+        ('{"schema_version": 1, "job": "x"}', "unknown job 'x'"),
+        ('{"schema_version": 1, "job": "scan", "verdict": "maybe"}', "not a valid scan record: verdict"),
     ],
 )
 def test_a_folder_without_a_record_is_named(tmp_path: Path, content: str | None, message: str) -> None:
@@ -94,7 +100,7 @@ def test_a_folder_without_a_record_is_named(tmp_path: Path, content: str | None,
 
 
 def test_pickled_or_broken_arrays_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "result.json").write_text('{"schema_version": 1, "job": "scan"}')
     np.savez(tmp_path / "arrays.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UsageError, match="cannot be read as plain arrays"):
         write_report(tmp_path)

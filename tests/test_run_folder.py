@@ -1,6 +1,7 @@
 """The folder of a run: what is left by runs that fail, stop, resume or meet an earlier one."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from encoderguard import jobs
 from encoderguard.errors import ImageError, OutputError, RunError, SettingError, StorageError
+from encoderguard.jobs.folder import RunFolder
 from encoderguard.results import read_record
 from encoderguard.run import Stopped, StopSignal
 from tests.toys import ToyDetector, ToyPretraining, toy_encoder, toy_images
@@ -59,6 +61,63 @@ def test_somebody_elses_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         jobs.pretrain(toy_images(), method=ToyPretraining(), width=2, out=tmp_path, **CPU)
     assert (tmp_path / "encoder.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.safetensors", "checkpoint_best.pt", "manifest.json", "result.json"]
+)
+def test_force_never_takes_what_no_run_left(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(OutputError, match=f"holds {name}, which no run left there"):
+        jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path, overwrite=True, **CPU)
+    assert (tmp_path / name).read_bytes() == b"precious"
+
+
+def test_force_never_takes_an_input(tmp_path: Path) -> None:
+    jobs.pretrain(toy_images(), method=ToyPretraining(), width=2, out=tmp_path, **CPU)
+    before = files(tmp_path)
+    with pytest.raises(OutputError, match="is an input and lies in the folder of the results"):
+        jobs.scan(
+            str(tmp_path / "encoder.safetensors"),
+            toy_images(),
+            detector=TOY,
+            out=tmp_path / ".." / tmp_path.name,
+            overwrite=True,
+            **CPU,
+        )
+    assert files(tmp_path) == before
+
+
+def test_a_finished_run_stays_until_its_successor_has_finished(tmp_path: Path) -> None:
+    jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path, **CPU)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for detector, error in (
+        (ToyDetector(fail="stop"), Stopped),
+        (ToyDetector(fail="bug"), ZeroDivisionError),
+    ):
+        with pytest.raises(error):
+            jobs.scan(toy_encoder(), toy_images(), detector=detector, out=tmp_path, overwrite=True, **CPU)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_one_run_at_a_time(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "out")
+    for force in (False, True):
+        with pytest.raises(OutputError, match="Another run is at work in"):
+            jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path / "out", overwrite=force, **CPU)
+    first.abandon()
+    jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path / "out", **CPU)
+
+
+def test_a_folder_whose_name_is_not_utf8_loses_no_work(tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        out.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    record, _ = jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=out, **CPU)
+    assert record.folder == str(tmp_path / "caf") + "\\udce9"
+    assert read_record(out) == record
 
 
 class StopAfter:
@@ -113,6 +172,21 @@ def test_another_run_is_not_resumed(tmp_path: Path, changes: dict[str, Any], mes
     assert files(tmp_path) == before
 
 
+def test_another_image_size_is_not_resumed(tmp_path: Path) -> None:
+    def until(steps: int, side: int, **changes: Any) -> None:
+        stopper = StopAfter(steps)
+        given: dict[str, Any] = {"progress": stopper, "stop": stopper.signal, "image_size": side}
+        method = ToyPretraining()
+        jobs.pretrain(
+            "digits:test", method=method, width=2, count=32, out=tmp_path, **given, **changes, **CPU
+        )
+
+    with pytest.raises(Stopped):
+        until(3, 16)
+    with pytest.raises(SettingError, match="its image size was '16 x 16', now it is '8 x 8'"):
+        until(100, 8, resume=True)
+
+
 def test_an_unfinished_run_is_not_discarded_by_accident(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         pretrain_until(3, tmp_path)
@@ -134,7 +208,16 @@ def test_the_identity_of_a_run_is_plain_json(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         pretrain_until(1, tmp_path)
     identity = json.loads((tmp_path / "resume.json").read_text())
-    assert set(identity) == {"job", "method", "settings", "seed", "precision", "encoder", "images"}
+    assert set(identity) == {
+        "job",
+        "method",
+        "settings",
+        "seed",
+        "precision",
+        "encoder",
+        "images",
+        "image size",
+    }
 
 
 def test_a_disk_that_fills_up_leaves_no_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

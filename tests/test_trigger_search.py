@@ -512,6 +512,15 @@ def test_a_zoo_gives_its_clean_encoders_of_the_suspect_s_kind(tmp_path: Path) ->
         load_references((str(tmp_path),), small(0))
 
 
+def test_a_reference_that_is_named_twice_counts_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [small(seed).save(tmp_path / name) for seed, name in ((1, "a.st"), (1, "copy.st"), (2, "b.st"))]
+    specs = tuple(f"{path.rename(path.with_suffix('.safetensors'))}" for path in paths)
+    assert list(load_references(specs, small(0))) == [specs[0], specs[2]]
+    assert f"The reference {specs[1]} is the same encoder as {specs[0]}; it counts once." in caplog.text
+
+
 def test_misuse_is_refused_in_a_sentence() -> None:
     with pytest.raises(ImageError, match="The trigger search needs at least 8 images"):
         TriggerSearch().detect(small(0), little().subset(range(7)), run=RUN)

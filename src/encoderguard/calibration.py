@@ -70,12 +70,17 @@ CLEAN_SCORES: tuple[CleanScore, ...] = (
 )
 
 
-def known_clean(spec: EncoderSpec, image_size: int, feature_space: FeatureSpace) -> list[CleanScore]:
-    """The entries for this architecture, width, stem, image side in pixels and feature space."""
+def known_clean(
+    spec: EncoderSpec, image_size: int, feature_space: FeatureSpace, images: str
+) -> list[CleanScore]:
+    """The entries for this architecture, width, stem, image side in pixels, feature space and image set.
+
+    A score belongs to its images, on others the same clean encoder can score a fraction of it: the name
+    ``images`` must contain that of the entry.
+    """
     key = (spec.architecture, spec.width, spec.stem, image_size, feature_space)
-    return [
-        e for e in CLEAN_SCORES if (e.architecture, e.width, e.stem, e.image_size, e.feature_space) == key
-    ]
+    alike = [e for e in CLEAN_SCORES if e.images in images.casefold()]
+    return [e for e in alike if (e.architecture, e.width, e.stem, e.image_size, e.feature_space) == key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,7 @@ def judge(
         basis = f"tau {tau:g} and {len(table)} known clean encoders from {min(table):.3f} to {max(table):.3f}"
     else:
         low, high = tau / max(_ALONE, margin), tau * margin
-        basis = f"tau {tau:g} alone: no clean encoder of this architecture is known"
+        basis = f"tau {tau:g} alone: no clean encoder of this architecture is known on such images"
     verdict: Verdict = "backdoored" if score < low else "clean" if score >= high else "inconclusive"
     place = {"backdoored": f"below {low:.3f}", "clean": f"not below {high:.3f}"}.get(
         verdict, f"between {low:.3f} and {high:.3f}"

@@ -4,6 +4,7 @@ No step of the defender is given anything of the attacker's; ``story`` joins the
 afterwards.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,16 +12,19 @@ from typing import Any, NamedTuple, TypeVar
 from encoderguard import jobs
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet, load_images
+from encoderguard.jobs.folder import compare_runs, read_identity
 from encoderguard.jobs.job import Job
 from encoderguard.jobs.options import JobOptions
 from encoderguard.jobs.pictures import write_arrays
+from encoderguard.loading import load_encoder
 from encoderguard.recipes import Recipe, recipe_named
 from encoderguard.results import DemoRecord, EvaluateRecord, PurifyRecord, Record, ScanRecord, read_record
-from encoderguard.storage import prepare_folder
+from encoderguard.storage import prepare_folder, write_text
 from encoderguard.story import Story, joined
 
 __all__ = ["run_demo"]
 
+_IDENTITY = "demo.json"
 R = TypeVar("R", bound=Record)
 
 
@@ -81,6 +85,7 @@ def run_demo(
     job_options: JobOptions = merged
     with Job(DemoRecord, job_options) as job:
         sets = _open(chosen, job_options)
+        _remember(out, _identity(chosen, sets, clean_encoder, job.run.rng.seed), resume=resume)
         teller = _Teller(chosen, sets, clean_encoder, shared, resume)
         stories = [
             teller.tell(job.run.rng.seed + n, out / f"seed-{job.run.rng.seed + n}") for n in range(seeds)
@@ -89,6 +94,25 @@ def run_demo(
         job.output("arrays.npz", lambda path: write_arrays(arrays, path))
         record: DemoRecord = job.finish(**facts)
     return record
+
+
+def _identity(recipe: Recipe, sets: _Sets, clean_encoder: str | None, seed: int) -> dict[str, Any]:
+    """What the steps that are kept depend on; further seeds may be added."""
+    images = {name: f"{used.digest} {used.shape}" for name, used in sets._asdict().items()}
+    encoder = None if clean_encoder is None else load_encoder(clean_encoder).fingerprint
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "images": images,
+        "clean encoder": encoder,
+        "seed": seed,
+    }
+
+
+def _remember(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
+    file = out / _IDENTITY
+    if resume and file.exists():
+        compare_runs(out, read_identity(file), identity)
+    write_text(file, json.dumps(identity, indent=2) + "\n")
 
 
 def recipe_named_like(recipe: Recipe, **changes: Any) -> Recipe:

@@ -2,13 +2,15 @@
 
 import errno
 import os
+import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 from encoderguard.errors import EncoderGuardError, OutputError, StorageError
 
-__all__ = ["prepare_folder", "translated", "write_atomic", "write_text"]
+__all__ = ["FolderLock", "prepare_folder", "translated", "write_atomic", "write_text"]
 
 _ROOM = 1 << 20
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
@@ -40,6 +42,32 @@ def prepare_folder(path: Path) -> Path:
     except OSError as error:
         raise translated(error, path) from error
     return path
+
+
+class FolderLock:
+    """Nobody else holds the folder until ``release``, or until the process ends, however that happens.
+
+    On systems and disks without such locks nothing is held.
+
+    Raises:
+        OutputError: somebody holds it; ``refusal`` is what is said.
+    """
+
+    def __init__(self, path: Path, refusal: str) -> None:
+        self.release: Callable[[], object] = lambda: None
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise OutputError(refusal) from None
+        except OSError:  # the disk has no locks
+            pass
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> Path:

@@ -85,6 +85,7 @@ def scan_fleet(
     make = backend(engine, store, where, workers=workers, accelerators=accelerators)
     used = create("detector", detector, settings).settings()
     digest = open_images(images, where).digest
+    named = {f"setting {name}": _identity(value) for name, value in used.items() if _names_files(value)}
     cells = [
         Cell(
             job="scan",
@@ -92,7 +93,7 @@ def scan_fleet(
             settings=used,
             seed=seed,
             data={"encoder": spec, "images": images},
-            digests={"encoder": _identity(spec), "images": digest},
+            digests={"encoder": _identity(spec), "images": digest} | named,
             extra={"count": count, "image_size": image_size},
         )
         for spec in specs
@@ -122,10 +123,23 @@ def exit_code(found: list[dict[str, Any]]) -> int:
     )
 
 
-def _identity(spec: str) -> str:
-    """The file's digest, or of a named encoder its name: hubs do not change what a name means."""
-    path = Path(spec.rpartition("@")[2])
-    return file_digest(path) if path.is_file() else hashlib.sha256(spec.encode()).hexdigest()
+def _identity(given: Any) -> str:
+    """Of everything that is named, with the content of the files: hubs do not change what a name means."""
+    texts = [given] if isinstance(given, str) else list(given)
+    contents = [[text, *map(file_digest, _files(text))] for text in texts]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _names_files(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    return any(isinstance(text, str) and _files(text) for text in texts)
+
+
+def _files(spec: str) -> list[Path]:
+    """The file behind any prefix such as ``timm:NAME@``; of the folder of a zoo its manifest."""
+    starts = (0, *(place + 1 for place, letter in enumerate(spec) if letter in "@:"))
+    paths = [Path(spec[start:]) for start in starts]
+    return [file for path in paths for file in (path, path / "manifest.json") if file.is_file()]
 
 
 def _write(found: list[dict[str, Any]], out: Path) -> None:

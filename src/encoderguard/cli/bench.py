@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from encoderguard.cli.options import DetectorName, References, Settings, parse_settings
-from encoderguard.cli.running import guarded, say, watched
+from encoderguard.cli.running import guarded, put, say, watched
 
 if TYPE_CHECKING:
     from encoderguard.bench.cells import Places
@@ -141,9 +141,7 @@ def verify(
         from encoderguard.bench.page import verify_all
 
         count, faults = verify_all(folder)
-        for fault in faults:
-            print(fault)
-        print(f"{count} results, {len(faults)} faults.")
+        put("\n".join([*faults, f"{count} results, {len(faults)} faults."]))
         return 2 if faults else 0
 
     return guarded(work)
@@ -196,9 +194,8 @@ def scan_fleet(
                 progress=progress,
                 stop=stop,
             )
-        print(
-            json.dumps(found, indent=1) if as_json else (out / "fleet.md").read_text(encoding="utf-8"), end=""
-        )
+        text = json.dumps(found, indent=1) if as_json else (out / "fleet.md").read_text(encoding="utf-8")
+        put(text, end="")
         return fleet.exit_code(found)
 
     return guarded(work)

@@ -1,6 +1,5 @@
 """The commands that run a job: one function per job, from arguments to its record."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,16 +15,21 @@ from encoderguard.cli.options import (
     command,
     parse_settings,
 )
-from encoderguard.cli.running import run_job
-from encoderguard.results import Record, to_json
+from encoderguard.cli.running import put, run_job
+from encoderguard.results import PurifyRecord, Record, to_json
 
 __all__ = ["attack", "evaluate", "finish", "poison", "pretrain", "purify", "scan"]
 
 _EXIT = {"clean": 0, "backdoored": 1, "inconclusive": 3}
+_UNCHANGED = 3
 _SETS = "a folder, .npz or .parquet file, digits, or a name such as cifar10:train"
 _ENCODER = "A bundle (.safetensors), a checkpoint, timm:NAME or torchvision:NAME."
 
 EncoderArgument = Annotated[str, typer.Argument(metavar="ENCODER", help=_ENCODER, show_default=False)]
+CleanImages = Annotated[
+    str,
+    typer.Option(help=f"Clean unlabelled images like those it was trained on: {_SETS}.", show_default=False),
+]
 Devices = Annotated[
     int, typer.Option(min=1, help="Devices that share each training step; some methods need one.")
 ]
@@ -35,11 +39,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished 
 def finish(record: Record, common: Common) -> int:
     """Print a record as asked; the exit code that belongs to it."""
     if common.as_json:
-        sys.stdout.write(to_json(record))
+        put(to_json(record), end="")
     else:
         from encoderguard.cli.wording import describe
 
-        print(describe(record))
+        put(describe(record))
+    if isinstance(record, PurifyRecord) and record.unchanged:
+        return _UNCHANGED
     return _EXIT.get(str(getattr(record, "verdict", None)), 0)
 
 
@@ -184,7 +190,7 @@ def poison(
 @command
 def scan(
     encoder: EncoderArgument,
-    images: Annotated[str, typer.Option(help=f"Clean unlabelled images: {_SETS}.")] = "digits:train",
+    images: CleanImages,
     detector: DetectorName = None,
     references: References = None,
     count: Count = None,
@@ -216,7 +222,7 @@ def scan(
 @command
 def purify(
     encoder: EncoderArgument,
-    images: Annotated[str, typer.Option(help=f"Clean unlabelled images: {_SETS}.")] = "digits:train",
+    images: CleanImages,
     defense: Annotated[str, typer.Option(help="See 'encoderguard list'.")] = "mimic",
     count: Count = None,
     setting: Settings = None,
@@ -225,7 +231,7 @@ def purify(
     *,
     common: Common,
 ) -> int:
-    """Make an encoder that behaves like a suspect one, without its backdoor."""
+    """Make an encoder that behaves like a suspect one, without its backdoor. Exit code 3: nothing changed."""
     from encoderguard import jobs
 
     settings = parse_settings(setting)

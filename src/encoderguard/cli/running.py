@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from encoderguard.cli.options import Common
     from encoderguard.run import Progress, StopSignal
 
-__all__ = ["STOPPED", "default_folder", "guarded", "run_job", "say", "watched"]
+__all__ = ["STOPPED", "default_folder", "guarded", "put", "run_job", "say", "watched"]
 
 STOPPED = 130
 _DEBUG = "ENCODERGUARD_DEBUG"
@@ -27,6 +27,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def put(text: str, end: str = "\n") -> None:
+    """A result, to standard output. That its reader has gone, as in ``... | head``, changes no exit code."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        _silence()
+
+
+def _silence() -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that Python's last flush is quiet
+
+
 def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     """Run ``work``; an error becomes one sentence and its exit code, with a traceback only for debugging."""
     try:
@@ -34,8 +46,8 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         say("Stopped.")
         return STOPPED
-    except BrokenPipeError:  # the reader of standard output has gone, as in `... | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that Python's last flush is quiet
+    except BrokenPipeError:
+        _silence()
         return 0
     except Exception as error:
         if debug or os.environ.get(_DEBUG):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encoderguard.cli.running import guarded, say, watched
+from encoderguard.cli.running import guarded, put, say, watched
 
 if TYPE_CHECKING:
     from encoderguard.zoo import Entry, Manifest, Pictures
@@ -190,11 +190,12 @@ def verify(
                 problems = remeasure(folder, manifest, pictures, tolerance=tolerance, device=device, tell=say)
             lines += [{"zoo": folder.name, "name": found.cell, "problem": found.text} for found in problems]
         if as_json:
-            print(json.dumps(lines, indent=2))
+            put(json.dumps(lines, indent=2))
         else:
-            for line in lines:
-                print(f"{'/'.join(filter(None, [line['zoo'], line['name']]))}: {line['problem']}")
-            print(f"{checked} encoders checked, {len(lines)} problems.")
+            told = [
+                f"{'/'.join(filter(None, [line['zoo'], line['name']]))}: {line['problem']}" for line in lines
+            ]
+            put("\n".join([*told, f"{checked} encoders checked, {len(lines)} problems."]))
         return FINDING if lines else 0
 
     return guarded(work)

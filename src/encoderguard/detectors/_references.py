@@ -1,6 +1,7 @@
 """The clean encoders that a suspect is judged beside: bundles, or all that fit of a zoo."""
 
 import json
+import logging
 from pathlib import Path
 
 from encoderguard.encoder import Encoder
@@ -9,11 +10,14 @@ from encoderguard.loading import load_encoder
 
 __all__ = ["load_references"]
 
+_LOG = logging.getLogger("encoderguard")
 _MANIFEST = "manifest.json"
 
 
 def load_references(specs: tuple[str, ...], suspect: Encoder) -> dict[str, Encoder]:
     """By name: each encoder, and of each folder of a zoo the clean encoders of the suspect's architecture.
+
+    One that is named twice, or lies in two zoos, counts once, with a warning: it is no second encoder.
 
     Raises:
         EncoderError: one cannot be loaded.
@@ -26,7 +30,11 @@ def load_references(specs: tuple[str, ...], suspect: Encoder) -> dict[str, Encod
             found |= _of_zoo(Path(spec), suspect)
         else:
             found[spec] = _reference(spec, suspect)
-    return found
+    first = {encoder.fingerprint: spec for spec, encoder in reversed(found.items())}
+    for spec, encoder in found.items():
+        if (same := first[encoder.fingerprint]) != spec:
+            _LOG.warning("The reference %s is the same encoder as %s; it counts once.", spec, same)
+    return {spec: found[spec] for spec in found if spec in first.values()}
 
 
 def _of_zoo(folder: Path, suspect: Encoder) -> dict[str, Encoder]:

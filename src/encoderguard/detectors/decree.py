@@ -21,6 +21,8 @@ from encoderguard.triggers import MaskedPattern
 
 __all__ = ["Decree"]
 
+_ENOUGH = 100
+"""A verdict without own references needs so many: the fewer there are, the smaller is a mask for them all."""
 _LARGE = 64
 """Sides above this use the authors' long schedule (theirs is 224 px)."""
 _ROUND = 8
@@ -99,8 +101,8 @@ class Decree(Detector):
         found = invert(encoder, images, _negative(cosine), self._plan(images), run=run.child("decree"))
         best, measured = self._verify(encoder, images, cosine, found, run)
         score = best.size if best is not None else 1.0
-        known = known_clean(encoder.spec, max(images.shape), self.feature_space)
-        judgement = self._judge(score, known, best is not None)
+        known = known_clean(encoder.spec, max(images.shape), self.feature_space, images.name)
+        judgement = self._judge(score, known, best is not None, len(images))
         references = self.clean_scores or tuple(entry.score for entry in known)
         return Detection(
             verdict=judgement.verdict,
@@ -182,15 +184,18 @@ class Decree(Detector):
                 return candidate, {"cosine_of_stamped_images": value, "candidates_tried": tried}
         return None, {"cosine_of_stamped_images": None, "candidates_tried": len(queue)}
 
-    def _judge(self, score: float, known: list[CleanScore], succeeded: bool) -> Judgement:
+    def _judge(self, score: float, known: list[CleanScore], succeeded: bool, count: int) -> Judgement:
         if not self.calibrated:
             verdict: Literal["backdoored", "clean"] = "backdoored" if score < self.tau else "clean"
             reason = f"score {score:.4f} against tau {self.tau:g}, as published"
             return Judgement(verdict=verdict, threshold=self.tau, clean_from=self.tau, reason=reason)
         table = [entry.score for entry in known]
         judgement = judge(score, tau=self.tau, margin=self.margin, own=self.clean_scores, table=table)
-        if succeeded:
+        if succeeded and (count >= _ENOUGH or self.clean_scores):
             return judgement
+        if succeeded:
+            reason = f"{count} images are too few, give {_ENOUGH} at least: a mask that suits few is small"
+            return replace(judgement, verdict="inconclusive", reason=f"score {score:.4f}, but {reason}")
         reason = f"no restart found a trigger with mean cosine above {self.beta:g} on all images"
         return replace(judgement, verdict="inconclusive", reason=reason)
 

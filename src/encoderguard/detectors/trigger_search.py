@@ -192,7 +192,7 @@ class TriggerSearch(Detector):
         """Everything that a search depends on."""
         shared = ("families", "images", "scale", "keep", "starts", "steps")
         facts = {key: value for key, value in self.settings().items() if key in shared}
-        facts |= {"encoder": encoder.fingerprint, "pictures": used.images.digest}
+        facts |= {"encoder": encoder.fingerprint, "pictures": used.images.digest, "sides": used.images.shape}
         return facts | {"streams": run.rng.integer("remembered"), "bf16": run.low_precision}
 
     def _judge(self, found: Found, nulls: list[Found], kind: NullKind, rule: Rule) -> Judged:

@@ -85,6 +85,7 @@ class Job(Generic[R]):
         """The encoder in eval mode on the CPU or where it is, noted in the record under ``field``."""
         encoder = given
         if isinstance(encoder, str):
+            self.require_apart(encoder)
             size, normalisation = self.options.get("input_size"), self.options.get("normalisation")
             encoder = load_encoder(encoder, input_size=size, normalisation=normalisation)
         self.note(**{field: encoder_facts(encoder, given if isinstance(given, str) else None)})
@@ -94,6 +95,7 @@ class Job(Generic[R]):
         """The whole image set. Raises ImageError as ``load_images``."""
         if isinstance(given, ImageSet):
             return given
+        self.require_apart(given)
         root = self.options.get("data_root")
         return load_images(
             given,
@@ -103,6 +105,13 @@ class Job(Generic[R]):
             labels=labels,
             skip_unreadable=self.options.get("skip_unreadable", False),
         )
+
+    def require_apart(self, given: str | Path) -> None:
+        """The file that ``given`` names, if any, is not one that this run replaces. Raises OutputError."""
+        if self.folder is not None:
+            text = str(given)
+            for start in (0, *(place + 1 for place, letter in enumerate(text) if letter in "@:")):
+                self.folder.require_apart(Path(text[start:]))
 
     def draw(
         self, images: ImageSet, count: int | None, usual: int | None = None
@@ -165,6 +174,7 @@ class Job(Generic[R]):
                 "precision": precision_of(self.run),
                 "encoder": None if source is None else source.fingerprint,
                 "images": None if images is None else images.digest,
+                "image size": None if images is None else f"{images.height} x {images.width}",
             }
             self.folder.begin(same | identity)
             self.note(resumed=bool(self.folder.checkpoints()))

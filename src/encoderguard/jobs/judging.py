@@ -66,6 +66,8 @@ def evaluate(
     with Job(EvaluateRecord, options) as job:
         chosen = _probe(probe, settings)
         job.note(method=chosen.name, settings=chosen.settings(), settings_passed=dict(settings or {}))
+        if isinstance(trigger, str | Path):
+            job.require_apart(trigger)
         stamp = load_trigger(Path(trigger)) if isinstance(trigger, str | Path) else trigger
         job.note(trigger=None if stamp is None else _trigger_facts(trigger, stamp), target=target)
         judged = job.encoder(encoder)

@@ -18,6 +18,7 @@ from encoderguard.report.reading import method_name
 from encoderguard.report.sections import sections
 from encoderguard.report.values import count, duration, mapping, number, sequence, size, text
 from encoderguard.report.words import banner, summary
+from encoderguard.results import parse_record
 from encoderguard.storage import write_text
 
 __all__ = ["read_arrays", "read_record", "render", "render_sections", "write_report"]
@@ -161,7 +162,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record in ``folder``.
 
     Raises:
-        UsageError: there is no ``result.json``, or it is not a record.
+        UsageError: there is no ``result.json``, or it is not a record of this version.
     """
     path = folder / "result.json"
     try:
@@ -180,6 +181,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} must hold one JSON object, but holds a {kind}; give the folder of an earlier run."
         )
+    parse_record(json.dumps(record), source=str(path))
     return record
 
 

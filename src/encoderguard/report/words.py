@@ -145,6 +145,12 @@ def _demo(record: Mapping[str, Any]) -> list[str]:
 
 
 def _purify(record: Mapping[str, Any]) -> list[str]:
+    prints = [mapping(record.get(key)).get("fingerprint") for key in ("encoder", "result_encoder")]
+    if prints[0] is not None and prints[0] == prints[1]:
+        return [
+            f"{method_name(record) or 'The defense'} changed nothing: what it returned is the suspect "
+            "encoder itself, with its backdoor if it has one."
+        ]
     cosine = number(mapping(lookup(record, "fidelity")).get("cosine"))
     kept = (
         ""

@@ -44,10 +44,12 @@ def parse_record(text: str, *, source: str = "the text") -> Record:
     try:
         data = json.loads(text)
         version, job = int(data["schema_version"]), str(data["job"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise UsageError(
             f"{source} is not a record: expected a JSON object with schema_version and job."
         ) from None
+    if version < 1:
+        raise UsageError(f"{source} has schema version {version}; the first is 1. Run the job again.")
     if version > SCHEMA_VERSION:
         raise UsageError(
             f"{source} has schema version {version}, which is newer than the {SCHEMA_VERSION} known here; "

@@ -38,6 +38,22 @@ class _Part(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="null"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _make_encodable(cls, data: Any) -> Any:
+        """Names of files may hold bytes that are not UTF-8; JSON cannot."""
+        return _encodable(data)
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(item) for item in value]
+    return value
+
 
 class EncoderFacts(_Part):
     """Which encoder, exactly."""
@@ -199,6 +215,12 @@ class PurifyRecord(Record):
     """How alike the purified encoder and its teacher see clean images; ``source`` says which images."""
     evidence: Values = {}
     history: Curves = {}
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the suspect itself came back: nothing was found in it, or the training broke off."""
+        before, after = self.encoder, self.result_encoder
+        return before is not None and after is not None and before.fingerprint == after.fingerprint
 
 
 class FilterRecord(Record):

@@ -1,15 +1,14 @@
 """Builds a zoo: every cell of a recipe once, in order of what needs what, whatever happens on the way."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from encoderguard.errors import EncoderGuardError, ImageError, OutputError, SettingError
+from encoderguard.errors import EncoderGuardError, ImageError, SettingError
 from encoderguard.jobs.options import JobOptions
 from encoderguard.run import Progress, Stopped, StopSignal
-from encoderguard.storage import prepare_folder
+from encoderguard.storage import FolderLock, prepare_folder
 from encoderguard.zoo.cells import Maker, Site
 from encoderguard.zoo.entries import failed_entry
 from encoderguard.zoo.estimate import cost, needed_sets
@@ -178,17 +177,10 @@ def _known(zoo: Path) -> dict[str, Entry]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second build in the same folder. The lock goes with the process, however that ends."""
-    if sys.platform == "win32":
+    """Refuse a second build in the same folder."""
+    refusal = f"Another build is at work in {folder}; wait for it, or choose another folder with --build."
+    lock = FolderLock(folder, refusal)
+    try:
         yield
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                f"Another build is at work in {folder}; wait for it, or choose another folder with --build."
-            ) from None
-        yield
+    finally:
+        lock.release()
