@@ -222,6 +222,17 @@ def test_refinement_whitens_a_patch_and_drops_the_worse_starts() -> None:
     assert float(trigger.pattern[:, trigger.mask > 0].min()) > 0.9
 
 
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_the_best_comes_first_also_where_the_last_step_is_a_rung(steps: int) -> None:
+    masks = torch.stack([patch_mask((16, 16), side, (0.5, 0.5))[0] for side in (0.125, 0.25, 0.5, 0.125)])
+    starts = FreePattern(masks, torch.full((4, 3, 16, 16), 0.5))
+    plan = RefinePlan(steps=steps, rungs=(5,))
+    found = refine(toy(), pixels(8, (16, 16)) / 2, bright, starts, 4, plan=plan, run=RUN)
+    assert found[0].start == 2
+    assert all(refined.loss < 0 for refined in found)
+    assert len(found) == (2 if steps > 5 else 4)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_additive_pattern_stays_within_its_bound(channels: int) -> None:
     starts = BoundedAdditive(torch.tensor([0.1, 0.2]), torch.zeros(2, channels, 16, 16))

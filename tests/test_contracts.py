@@ -200,6 +200,9 @@ def test_settings_come_as_text_from_the_command_line() -> None:
         SettingError, match="Setting 'restarts' of detector 'decree' cannot be 'many': input should be"
     ):
         create("detector", "decree", {"restarts": "many"})
+    for value in ("inf", "nan"):
+        with pytest.raises(SettingError, match="should be a finite number"):
+            create("defense", "mimic", {"lr": value})
     with pytest.raises(SettingError, match="Unknown detector 'oracle'; expected one of: abs, decree, "):
         create("detector", "oracle")
 

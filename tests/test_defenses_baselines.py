@@ -13,6 +13,7 @@ from torch import nn
 from encoderguard.defenses.fine_pruning import FinePruning
 from encoderguard.defenses.finetune import FineTune
 from encoderguard.defenses.medic import MEDIC, cloning_loss, importance, strength
+from encoderguard.defenses.mimic import MIMIC
 from encoderguard.defenses.nad import NAD
 from encoderguard.defenses.retrain import Retrain
 from encoderguard.defenses.ssl_kd import SSLKD, info_nce, regression
@@ -25,6 +26,7 @@ from encoderguard.losses import attention_loss
 from encoderguard.methods import Defense
 from encoderguard.pruning import channel_activations
 from encoderguard.random import Rng
+from encoderguard.repair import begin, pseudo_classes
 from encoderguard.run import Run, Stopped, StopSignal
 from encoderguard.similarity import neighbour_overlap
 from tests.toy_networks import toy_transformer
@@ -278,3 +280,22 @@ def test_too_few_images_and_damaged_encoders(name: str) -> None:
         method.purify(constant, pictures(), run=run())
     with pytest.raises(NonFiniteError, match=r"The features of 12 of 12 images of noise.* are not finite"):
         method.purify(broken, pictures(), run=run())
+
+
+@pytest.mark.parametrize("method", [MIMIC(batch_size=8), SHORT["nad"], SHORT["ssl_kd"]])
+def test_an_encoder_without_stages_is_refused_where_stages_are_compared(method: Defense) -> None:
+    bare = Encoder.wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()), taps=[])
+    with pytest.raises(EncoderError, match=r"compares the stages of encoders, and this one has none; name"):
+        method.purify(bare, pictures(), run=run())
+
+
+def test_features_that_are_not_finite_pass_no_gate() -> None:
+    gate = begin(encoder(), pictures(), batch_size=8, floor=0.0, purpose="A test", run=run()).gate
+    broken = encoder()
+    nn.init.constant_(broken.backbone.get_parameter("conv1.weight"), float("nan"))
+    assert gate.measure(broken) < gate.floor
+
+
+def test_clusters_need_as_many_different_images() -> None:
+    with pytest.raises(ImageError, match=r"3 clusters need as many different images, .* tells only 2"):
+        pseudo_classes(torch.eye(2).repeat(4, 1), 3, Rng(0))

@@ -142,6 +142,7 @@ def test_the_search_finds_the_half_that_decides() -> None:
     plan = AnswerPlan(success=0.95, steps=60, batch_size=16, learning_rate=0.3)
     (found,) = smallest_per_answer(halves(), pictures(high=100), head, [1], plan, run=run())
     assert found.trigger is not None
+    assert found.value is not None
     assert found.value >= 0.95
     mask = found.trigger.mask
     assert float(mask[:, 4:].mean()) > 3 * float(mask[:, :4].mean())
@@ -153,6 +154,7 @@ def test_a_collapse_is_verified_and_pointless_searches_are_refused() -> None:
     assert found.trigger is not None
     stamped = extract(halves(), pictures(), run=run(), trigger=found.trigger)
     assert found.effect(stamped) == pytest.approx(found.value)
+    assert found.value is not None
     assert found.value >= 0.9
     raw = CollapsePlan(beta=0.9, restarts=1, steps=1, batch_size=16, standardised=False)
     with pytest.raises(

@@ -378,7 +378,7 @@ class TestBroken:
             load_images(str(tmp_path / "a.txt"))
 
     def test_size_zero(self) -> None:
-        with pytest.raises(ImageError, match="image size of at least 1 pixel, found 0"):
+        with pytest.raises(ImageError, match="image size of at least 2 pixels, found 0"):
             load_images("digits", size=0)
 
 

@@ -1,6 +1,7 @@
 """Bad input, as a user meets it: one sentence, the right exit code, no traceback, nothing half-written."""
 
 import errno
+import json
 import os
 import pickle
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from encoderguard import registry
+from encoderguard.bundles import FORMAT
 from encoderguard.cli import main
 from encoderguard.encoder import Encoder, EncoderSpec
 from encoderguard.random import Rng
@@ -152,7 +155,10 @@ def test_a_malicious_checkpoint_does_nothing(capsys: pytest.CaptureFixture[str],
         (scan("--count", "0"), "Invalid value for '--count'"),
         (scan("--seed", "one"), "Invalid value for '--seed'"),
         (scan("--precision", "fp8"), "Invalid value for '--precision'"),
-        (scan("--image-size", "0"), "Invalid value for '--image-size'"),
+        (scan("--image-size", "1"), "Invalid value for '--image-size'"),
+        (scan(images="x" * 300), "cannot be used: File name too long; give another path"),
+        (scan(encoder="x" * 300 + ".safetensors"), "cannot be used: File name too long; give another"),
+        (scan("--out", "x" * 300), "File name too long"),
         (scan(encoder="ghost.safetensors"), "There is no encoder file ghost.safetensors"),
         (scan(encoder="ghost"), "Unknown encoder specification 'ghost'"),
         (("attack", "toy", "good.safetensors"), "either --reference, or --downstream with --target"),
@@ -232,3 +238,53 @@ def test_disk_that_fills_up_at_the_end(
     sentence = refused(capsys, "pretrain", "toy", "--width", "2", "--count", "16", "--out", "out", code=2)
     assert "No space left on device" in sentence
     assert {path.name for path in Path("out").iterdir()} <= {"result.json"}
+
+
+def test_a_device_without_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*scan(), "--device", "meta"]) == 4
+    assert "The device 'meta' is not available here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (np.zeros(3), "is not a trigger file with the arrays 't' and 'tm'"),
+        ({"t": np.array(["x"]), "tm": np.array(["y"])}, "is not a trigger file with the arrays 't' and 'tm'"),
+        ({"t": np.zeros(3), "tm": np.zeros(3)}, "expected 't' and 'tm' of shape [1, H, W, 3]"),
+    ],
+)
+def test_arrays_that_are_no_trigger(capsys: pytest.CaptureFixture[str], arrays: Any, message: str) -> None:
+    with Path("trigger.npz").open("wb") as stream:
+        if isinstance(arrays, dict):
+            np.savez(stream, **arrays)
+        else:
+            np.save(stream, arrays)
+    told = refused(capsys, "evaluate", "good.safetensors", "--trigger", "trigger.npz", "--target", "3")
+    assert message in told
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [(np.array([]), "float64 [0]"), (np.array(["a"]), "<U1 [1]"), (np.array([-1]), "int64 [1]")],
+)
+def test_labels_that_are_none(capsys: pytest.CaptureFixture[str], label: Any, found: str) -> None:
+    np.savez("reference.npz", x=np.zeros((1, 8, 8, 3), dtype=np.uint8), y=label)
+    told = refused(capsys, "attack", "toy", "good.safetensors", "--reference", "reference.npz")
+    assert f"expected 'y' to be one label from 0 on, found {found}" in told
+
+
+def test_text_is_not_said_to_run_code(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.pth").write_text("hello, world, this is a text and no checkpoint at all")
+    assert "cannot be read as a PyTorch checkpoint" in refused(capsys, *scan(encoder="resnet18:notes.pth"))
+
+
+@pytest.mark.parametrize("change", [{"width": -4}, {"input_size": 0}])
+def test_a_bundle_with_an_impossible_specification(
+    capsys: pytest.CaptureFixture[str], change: dict[str, int]
+) -> None:
+    tensors, header = (
+        {"x": torch.zeros(1)},
+        {"format": FORMAT, "spec": {"architecture": "encoderguard:resnet18"} | change},
+    )
+    save_file(tensors, "odd.safetensors", metadata={"encoderguard": json.dumps(header)})
+    assert "is not valid: Input should be greater than" in refused(capsys, *scan(encoder="odd.safetensors"))

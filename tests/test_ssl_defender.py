@@ -557,6 +557,8 @@ def test_misuse_is_told_in_one_sentence(tmp_path: Path) -> None:
         SettingError, match=r"Setting 'lowest' of defense 'ssl_defender' is 0\.9, above 'highest'"
     ):
         SSLDefender(lowest=0.9, highest=0.5)
+    with pytest.raises(SettingError, match="nothing to minimise: alpha, beta and paired are all 0"):
+        short(alpha=0, beta=0, paired=0).purify(planted(), images, run=RUN)
     with pytest.raises(
         ImageError, match="SSLDefender in batches of 64, with a fifth held out, needs at least 80"
     ):

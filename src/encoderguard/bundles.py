@@ -98,7 +98,11 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         EncoderError: no file, not safetensors, or not a bundle of this format.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise EncoderError(f"{str(path)[:80]}... cannot be used: {error.strerror}; give another.") from None
+    if not there:
         raise EncoderError(f"There is no encoder file {path}.")
     try:
         with safe_open(path, framework="pt") as stream:
@@ -108,7 +112,7 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise EncoderError(f"{path} is not a readable safetensors file: {error}.") from None
     try:
         header = dict(json.loads(metadata.get("encoderguard", "{}")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         header = {}
     if header.get("format") != FORMAT:
         raise EncoderError(

@@ -89,7 +89,8 @@ def _load_pickle(path: Path) -> object:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    if type(error).__name__ != "UnpicklingError":  # by name: nothing here imports the module of that class
+    # by name: nothing here imports the module of that class
+    if type(error).__name__ != "UnpicklingError" or not _may_be_pickled(path):
         return (
             f"{path} cannot be read as a PyTorch checkpoint ({type(error).__name__}); "
             "expected a file written by torch.save, or a .safetensors file."
@@ -101,6 +102,12 @@ def _refusal(path: Path, error: Exception) -> str:
         "torch.load(..., weights_only=False) in a sandbox without network and secrets, and store its "
         "state dict with safetensors.torch.save_file."
     )
+
+
+def _may_be_pickled(path: Path) -> bool:
+    """By the first bytes: those of a zip archive, or of a pickle with a protocol."""
+    with path.open("rb") as stream:
+        return stream.read(2)[:1] in (b"P", b"\x80")
 
 
 def identify(tensors: Mapping[str, Tensor], *, source: str) -> Checkpoint:

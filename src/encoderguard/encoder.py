@@ -4,10 +4,10 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,10 +31,10 @@ class EncoderSpec(BaseModel):
 
     architecture: str
     """``encoderguard:resnet18``, ``timm:NAME``, ``torchvision:NAME``, or ``custom:...`` if wrapped."""
-    width: int = 64
+    width: Annotated[int, Field(ge=1)] = 64
     """Channels of the first stage (``encoderguard:`` architectures only)."""
     stem: Stem = "cifar"
-    input_size: int | None = None
+    input_size: Annotated[int, Field(ge=1)] | None = None
     """Side in pixels to which images are resized; None takes them as they are."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)

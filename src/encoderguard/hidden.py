@@ -83,6 +83,8 @@ def last_stage_units(encoder: Encoder) -> list[Units]:
             f"The encoder ({encoder.spec.architecture}) has no hidden channels that could be taken out: no "
             "block in which one convolution or linear layer feeds the next; choose another method."
         )
+    if not encoder.spec.taps:
+        return found[-2:]
     order = [name for name, _ in encoder.backbone.named_modules()]
     *before, last = encoder.spec.taps
     start = max(

@@ -46,7 +46,11 @@ def open_source(spec: str, *, data_root: Path | None, download: bool, labels: bo
     if base in NAMED:
         return torchvision_set(base, split, data_root or DEFAULT_DATA_ROOT, download, labels)
     path = Path(base)
-    if not base or not path.exists():
+    try:
+        there = bool(base) and path.exists()
+    except OSError as error:
+        raise ImageError(f"{base[:80]}... cannot be used: {error.strerror}; give another path.") from None
+    if not there:
         raise ImageError(
             f"No pictures at {base!r}: expected a folder, an .npz or .parquet file, "
             f"or one of {', '.join(['digits', *NAMED])} with a split such as :train."

@@ -233,8 +233,8 @@ def load_images(
     Raises:
         ImageError: nothing is found, a file is broken, sizes differ, or labels are asked for and not there.
     """
-    if size is not None and size < 1:
-        raise ImageError(f"Expected an image size of at least 1 pixel, found {size}.")
+    if size is not None and size < 2:
+        raise ImageError(f"Expected an image size of at least 2 pixels, found {size}.")
     source = open_source(spec, data_root=data_root, download=download, labels=labels)
     if labels and source.labels is None:
         raise ImageError(f"{spec} holds no labels; give a set with labels.")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from encoderguard.encoder import Encoder
-from encoderguard.errors import ImageError
+from encoderguard.errors import EncoderError, ImageError
 from encoderguard.images import ImageSet
 from encoderguard.registry import Family, Method
 from encoderguard.run import Run
@@ -217,6 +217,15 @@ class Filter(Method, ABC):
     @abstractmethod
     def rank(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Ranking:
         """Score every picture; the encoder is unchanged and labels are not looked at."""
+
+
+def require_taps(encoder: Encoder, purpose: str) -> None:
+    """Raise EncoderError unless the encoder has stages."""
+    if not encoder.spec.taps:
+        raise EncoderError(
+            f"{purpose} compares the stages of encoders, and this one has none; name the modules whose "
+            "outputs they are in Encoder.wrap(module, taps=[...])."
+        )
 
 
 def require_images(images: ImageSet, least: int, purpose: str) -> None:

@@ -201,7 +201,11 @@ def recover(encoder: Encoder, images: ImageSet, plan: RecoveryPlan, *, run: Run)
     model.requires_grad_(False)
     reached = tuple(plan.level + (1 - plan.level) * share for share in plan.thresholds)
     return RecoveredTriggers(
-        generators, mixing, history, reached, _final(generators, statistics, mixing, run.rng)
+        generators,
+        mixing,
+        history,
+        reached,
+        _final(generators, statistics, mixing, plan.information, run.rng),
     )
 
 
@@ -232,8 +236,10 @@ def _information(
 
 @torch.no_grad()
 def _final(
-    generators: SubGenerators, statistics: StatisticsNetworks, mixing: Mixing, rng: Rng
+    generators: SubGenerators, statistics: StatisticsNetworks, mixing: Mixing, weight: float, rng: Rng
 ) -> tuple[float, ...]:
+    if weight == 0:  # the networks are untrained
+        return (0.0,) * generators.count
     noise = generators.draw(256, rng.generator("final noise"))
     noise, values = _pairs(noise, mixing.shown(generators(noise)), rng.child("final"))
     return tuple(float(value) for value in statistics.information(noise, values, noise.roll(1, 1)))

@@ -33,11 +33,15 @@ def read_field_reference(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as data:
             image, label = data["x"], data["y"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
         raise ImageError(f"{path} is not a reference file with the arrays 'x' and 'y': {error}.") from None
     if image.ndim != 4 or image.shape[0] != 1 or image.shape[-1] != 3 or image.dtype != np.uint8:
         raise ImageError(
             f"{path}: expected 'x' to be uint8 [1, H, W, 3], found {image.dtype} {list(image.shape)}."
+        )
+    if label.size != 1 or label.dtype.kind not in "iu" or int(label.reshape(-1)[0]) < 0:
+        raise ImageError(
+            f"{path}: expected 'y' to be one label from 0 on, found {label.dtype} {list(label.shape)}."
         )
     return Reference(
         image=torch.from_numpy(image[0]).permute(2, 0, 1).contiguous(), label=int(label.reshape(-1)[0])

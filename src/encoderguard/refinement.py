@@ -96,7 +96,7 @@ def refine(
         if not bool(losses.isfinite().all()):
             raise NonFiniteError(f"The loss of the trigger search became NaN or infinite at step {step}.")
         late = time.monotonic() > deadline
-        if late or (step + 1 in plan.rungs and len(active) > 1):
+        if late or (step + 1 in plan.rungs and step + 1 < plan.steps and len(active) > 1):
             active = sorted(active, key=lambda k: sums[k])
             if late:
                 break

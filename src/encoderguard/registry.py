@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from encoderguard.errors import SettingError
 
@@ -66,6 +66,7 @@ class Method:
         }
 
 
+_FINITE = ConfigDict(allow_inf_nan=False)
 MethodT = TypeVar("MethodT", bound=type[Method])
 
 
@@ -127,7 +128,9 @@ def _adapters(cls: type[Method]) -> dict[str, TypeAdapter[Any]]:
     cached: dict[str, TypeAdapter[Any]] | None = cls.__dict__.get("_adapter_cache")
     if cached is None:
         hints = get_type_hints(cls, include_extras=True)
-        cached = {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+        cached = {
+            field.name: TypeAdapter(hints[field.name], config=_FINITE) for field in dataclasses.fields(cls)
+        }
         cls._adapter_cache = cached  # type: ignore[attr-defined]
     return cached
 

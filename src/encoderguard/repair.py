@@ -6,11 +6,13 @@ because the backdoor sleeps on clean images) and pseudo-classes; in the place of
 which they stop or choose a threshold, stands ``utility`` on clean images that were held out.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from lightly.models.modules import SimCLRProjectionHead
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from encoderguard.augment import SIMCLR
@@ -165,8 +167,14 @@ def pseudo_classes(features: Tensor, count: int, rng: Rng) -> PseudoClasses:
             "give more images or ask for fewer clusters."
         )
     rows = torch.nn.functional.normalize(features.float(), dim=1).cpu()
-    fitted = KMeans(count, n_init=4, random_state=rng.integer("k-means") % 2**32).fit(rows.numpy())
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # said below
+        fitted = KMeans(count, n_init=4, random_state=rng.integer("k-means") % 2**32).fit(rows.numpy())
     labels = torch.from_numpy(fitted.labels_).long()
+    if (distinct := len(set(labels.tolist()))) < count:
+        raise ImageError(
+            f"{count} clusters need as many different images, and the encoder tells only {distinct} of the "
+            f"{len(features)} apart; give other images or ask for fewer clusters."
+        )
     centroids = torch.stack([features[labels == k].float().mean(0) for k in range(count)])
     return PseudoClasses(labels, centroids)
 

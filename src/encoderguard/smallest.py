@@ -73,8 +73,8 @@ class Smallest:
     """None if none does."""
     size: float | None
     """The mean of its mask."""
-    value: float
-    """The effect on all images, or the largest of those that failed."""
+    value: float | None
+    """The effect on all images, or the largest of those that failed; None if nothing could be tried."""
     effect: Effect
 
 
@@ -205,13 +205,13 @@ def _first_that_holds(
     run: Run,
 ) -> Smallest:
     """The first of the candidates, small to large and then fuller, that has the effect on all images."""
-    triggers, best = [candidate.trigger for candidate in queue], 0.0
+    triggers, failed = [candidate.trigger for candidate in queue], list[float]()
     triggers += [replace(triggers[-1], mask=triggers[-1].mask ** power) for power in _POWERS if triggers]
     for trigger in triggers:
         features = extract(encoder, images, run=replace(run, precision="float32"), trigger=trigger)
-        best = max(best, value := effect(features))
+        failed.append(value := effect(features))
         if value >= least:
             return Smallest(
                 trigger=trigger, size=float(trigger.mask.double().mean()), value=value, effect=effect
             )
-    return Smallest(trigger=None, size=None, value=best, effect=effect)
+    return Smallest(trigger=None, size=None, value=max(failed, default=None), effect=effect)

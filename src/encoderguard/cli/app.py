@@ -10,13 +10,11 @@ import typer
 from encoderguard.cli import commands
 from encoderguard.cli.bench import bench, scan_fleet
 from encoderguard.cli.filtering import filter_images
-from encoderguard.cli.running import STOPPED, guarded, say
+from encoderguard.cli.running import STOPPED, USAGE, guarded, say
 from encoderguard.cli.story import demo
 from encoderguard.cli.zoo import zoo
 
 __all__ = ["app", "main"]
-
-USAGE = 4
 
 app = typer.Typer(
     name="encoderguard",

@@ -35,7 +35,7 @@ Count = Annotated[int | None, typer.Option(min=1, help="Images to draw with the 
 class Common:
     """Options of every job."""
 
-    image_size: Annotated[int | None, typer.Option(min=1, help="Bring images to this side in pixels.")] = None
+    image_size: Annotated[int | None, typer.Option(min=2, help="Bring images to this side in pixels.")] = None
     data_root: Annotated[Path | None, typer.Option(help="Where torchvision keeps its data sets.")] = None
     download: Annotated[
         bool,

@@ -1,6 +1,7 @@
 """Runs a job for the command line: folder, progress, Ctrl-C, warnings, and errors as one sentence."""
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -15,9 +16,18 @@ if TYPE_CHECKING:
     from encoderguard.cli.options import Common
     from encoderguard.run import Progress, StopSignal
 
-__all__ = ["STOPPED", "default_folder", "guarded", "put", "run_job", "say", "watched"]
+__all__ = ["STOPPED", "USAGE", "default_folder", "guarded", "put", "run_job", "say", "watched"]
 
-STOPPED = 130
+STOPPED, USAGE = 130, 4
+_UNUSABLE = {
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+}
 _DEBUG = "ENCODERGUARD_DEBUG"
 T = TypeVar("T")
 
@@ -61,7 +71,10 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, EncoderGuardError):
         return error.exit_code, str(error)
     reason = " ".join(str(error).split()) or "no reason was given"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, OSError) and error.errno in _UNUSABLE:
+        return USAGE, f"{str(error.filename)[:200]} cannot be used: {error.strerror}; give another path."
+    exhausted = isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason
+    if exhausted or type(error).__name__ == "OutOfMemoryError":
         advice = "use a smaller batch size, smaller images, or another --device"
         return 2, f"There is not enough memory ({reason[:200]}); {advice}."
     return 2, f"An unexpected {type(error).__name__}: {reason[:500]}; run again with --debug to see where."

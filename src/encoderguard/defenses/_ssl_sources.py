@@ -14,6 +14,9 @@ from encoderguard.triggers import MaskedPattern, Trigger
 
 __all__ = ["Source", "known", "measured"]
 
+_AT_ONCE = 256
+"""Images per pass of what was found."""
+
 
 class Source(NamedTuple):
     """Triggers to unlearn."""
@@ -38,10 +41,15 @@ def measured(
     parts: list[tuple[dict[str, float], Stamp]], before: Encoder, after: Encoder, held_out: ImageSet, run: Run
 ) -> list[dict[str, float]]:
     """What was found, with the mean cosine of held-out images: clean, and stamped before and after."""
-    pixels = (held_out.take(torch.arange(len(held_out))).float() / 255).to(run.device)
     rows = []
     for number, (facts, stamp) in enumerate(parts):
-        stamped = stamp(pixels, run.rng.generator("measured", number))
-        views = {"clean": before(pixels), "stamped": before(stamped), "stamped_after": after(stamped)}
-        rows.append(facts | {f"cosine_{name}": float(mean_pairwise_cosine(z)) for name, z in views.items()})
+        drawing, seen = run.rng.generator("measured", number), []
+        for begin in range(0, len(held_out), _AT_ONCE):
+            chosen = range(begin, min(begin + _AT_ONCE, len(held_out)))
+            pixels = (held_out.take(chosen).float() / 255).to(run.device)
+            stamped = stamp(pixels, drawing)
+            seen.append((before(pixels), before(stamped), after(stamped)))
+        views = zip(("clean", "stamped", "stamped_after"), zip(*seen, strict=True), strict=True)
+        cosines = {f"cosine_{name}": float(mean_pairwise_cosine(torch.cat(z))) for name, z in views}
+        rows.append(facts | cosines)
     return rows

@@ -84,9 +84,10 @@ class DecreeUnlearn(Defense):
         found = smallest_collapse(repair.suspect, repair.images, search, run=run.child("search"))
         evidence = {"mask": found.size, "cosine_of_stamped_before": found.value}
         if found.trigger is None:
+            most = "no candidate" if found.value is None else f"at most {found.value:.3f}"
             reason = (
-                f"No trigger was found that takes the mean cosine above {self.beta:g} on all images (at most "
-                f"{found.value:.3f}), so there is nothing to unlearn; the encoder is returned as it was."
+                f"No trigger was found that takes the mean cosine above {self.beta:g} on all images "
+                f"({most}), so there is nothing to unlearn; the encoder is returned as it was."
             )
             same = repair.suspect.clone().eval().requires_grad_(True)
             return Purified(encoder=same, history={}, evidence=evidence | {"fallback": reason})

@@ -14,7 +14,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
 from encoderguard.information import Measure, Profile, layer_profile, layer_weights
 from encoderguard.losses import attention_loss, cosine_distance, nt_xent
-from encoderguard.methods import Defense, Purified, require_images
+from encoderguard.methods import Defense, Purified, require_images, require_taps
 from encoderguard.random import isolated
 from encoderguard.registry import register
 from encoderguard.run import Run
@@ -168,6 +168,7 @@ class MIMIC(Defense):
 
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
         """See Defense."""
+        require_taps(encoder, "MIMIC")
         require_images(images, max(self.batch_size, 32), "MIMIC")
         teacher = encoder.frozen().to(run.device)
         student = teacher.fresh(run.rng.child("student")).to(run.device)

@@ -159,7 +159,8 @@ class MOTH(Defense):
                 (entry,) = self._search(state, own, head, [end], self.pair_steps, part, number)
                 found.append(entry)
                 size = 1.0 if entry.size is None else entry.size  # none found is as hard as it gets
-                growth[start, end] = size / sizes.get((start, end), size) - 1
+                grown = size / sizes.get((start, end), size) - 1
+                growth[start, end] = grown if small_enough([entry], self.largest) else -torch.inf
                 sizes[start, end] = max(size, 1e-6)
             self._harden(state, repair, found, self.steps, self.share, run)
             state.rounds[-1]["pair"] = [a, b]

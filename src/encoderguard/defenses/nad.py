@@ -11,7 +11,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
 from encoderguard.losses import attention_loss
-from encoderguard.methods import Defense, Purified
+from encoderguard.methods import Defense, Purified, require_taps
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, begin
 from encoderguard.run import Run
@@ -73,6 +73,7 @@ class NAD(Defense):
 
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
         """See Defense. Raises SettingError if the number of betas fits neither 1 nor the stages."""
+        require_taps(encoder, "NAD")
         beta = self._weights(len(encoder.spec.taps))
         repair = begin(
             encoder, images, batch_size=self.batch_size, floor=self.utility_floor, purpose="NAD", run=run

@@ -195,6 +195,8 @@ class SSLDefender(Defense):
             EncoderError: the encoder gives the same features for all images.
             NonFiniteError: its features are NaN or infinite.
         """
+        if not self.alpha and not self.beta and not self.paired:
+            raise SettingError("SSLDefender has nothing to minimise: alpha, beta and paired are all 0.")
         given = self._given(images)
         repair = begin(
             encoder,

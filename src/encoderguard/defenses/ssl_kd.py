@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from encoderguard.encoder import Encoder
 from encoderguard.images import ImageSet
 from encoderguard.losses import attention_loss
-from encoderguard.methods import Defense, Purified
+from encoderguard.methods import Defense, Purified, require_taps
 from encoderguard.registry import register
 from encoderguard.repair import UTILITY_FLOOR, begin
 from encoderguard.run import Run
@@ -87,6 +87,7 @@ class SSLKD(Defense):
 
     def purify(self, encoder: Encoder, images: ImageSet, *, run: Run) -> Purified:
         """See Defense."""
+        require_taps(encoder, "SSL-KD")
         repair = begin(
             encoder, images, batch_size=self.batch_size, floor=self.utility_floor, purpose="SSL-KD", run=run
         )

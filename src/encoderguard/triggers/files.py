@@ -110,8 +110,8 @@ def read_field_trigger(path: Path) -> MaskedPattern:
     """
     try:
         with np.load(path, allow_pickle=False) as data:
-            pattern, keep = data["t"], data["tm"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            pattern, keep = (np.asarray(data[name], dtype=np.float32) for name in ("t", "tm"))
+    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
         raise ImageError(f"{path} is not a trigger file with the arrays 't' and 'tm': {error}.") from None
     pattern, keep = (a[0] if a.ndim == 4 else a for a in (pattern, keep))
     if pattern.shape != keep.shape or pattern.ndim != 3 or pattern.shape[-1] != 3:
@@ -120,8 +120,8 @@ def read_field_trigger(path: Path) -> MaskedPattern:
         )
     if (keep != keep[..., :1]).any():
         raise ImageError(f"{path}: the mask 'tm' differs between colour channels, which is not supported.")
-    mask = 1 - torch.from_numpy(np.asarray(keep[..., 0], dtype=np.float32))
-    colours = torch.from_numpy(np.asarray(pattern, dtype=np.float32)).permute(2, 0, 1) / 255
+    mask = 1 - torch.from_numpy(keep[..., 0].copy())
+    colours = torch.from_numpy(pattern).permute(2, 0, 1) / 255
     try:
         return MaskedPattern(mask, colours * mask)
     except SettingError as error:

@@ -64,7 +64,11 @@ def _loads(folder: Path, entry: Entry) -> Iterator[str]:
     encoder = Encoder.load(folder / entry.bundle)
     if encoder.fingerprint != entry.fingerprint:
         yield f"{entry.bundle} holds another encoder than the manifest describes: its fingerprint differs."
-    grey = torch.full((1, 3, entry.images["size"], entry.images["size"]), 0.5)
+    size = entry.images.get("size")
+    if not isinstance(size, int) or size < 1:
+        yield f"The manifest does not say which side the images of {entry.bundle} have."
+        return
+    grey = torch.full((1, 3, size, size), 0.5)
     if entry.trigger_file is not None and (folder / entry.trigger_file).is_file():
         stamped = load_trigger(folder / entry.trigger_file)(grey)
         if stamped.shape != grey.shape or torch.equal(stamped, grey):
