@@ -1,12 +1,13 @@
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from encoderguard.errors import UsageError
-from encoderguard.provenance import cpu_name, peak_memory_bytes, source_facts, versions
+from encoderguard.provenance import cpu_name, forget_peak_memory, peak_memory_bytes, source_facts, versions
 from encoderguard.results import (
     RECORDS,
     RESULT,
@@ -103,3 +104,15 @@ def test_provenance_knows_this_machine() -> None:
     peak = peak_memory_bytes()
     assert peak is None or peak > 10 * 2**20
     assert cpu_name() != ""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system keeps one peak only")
+def test_the_peak_of_memory_is_that_of_one_job() -> None:
+    ballast = bytearray(200 << 20)
+    before = peak_memory_bytes()
+    del ballast
+    forget_peak_memory()
+    after = peak_memory_bytes()
+    assert before is not None
+    assert after is not None
+    assert after < before - (100 << 20)

@@ -1,5 +1,6 @@
 """Facts about the machine, the libraries and the source that a run used."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "cpu_name", "peak_memory_bytes", "source_facts", "versions"]
+__all__ = ["commit", "cpu_name", "forget_peak_memory", "peak_memory_bytes", "source_facts", "versions"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightly", "kornia", "numpy", "scikit-learn", "safetensors")
 
@@ -77,8 +78,14 @@ def cpu_name() -> str | None:
     return platform.processor() or None
 
 
+def forget_peak_memory() -> None:
+    """From here on ``peak_memory_bytes`` counts anew, on Linux: a worker does many jobs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int | None:
-    """Largest resident size of this process so far; None where the system does not tell."""
+    """Largest resident size of this process since ``forget_peak_memory``; None where none is told."""
     try:
         import resource
     except ImportError:

@@ -20,7 +20,7 @@ from encoderguard.jobs.folder import REPORT
 from encoderguard.jobs.options import JobOptions, check_options, open_folder, surroundings
 from encoderguard.loading import check_encoder, load_encoder
 from encoderguard.peers import require_even_shares
-from encoderguard.provenance import source_facts
+from encoderguard.provenance import forget_peak_memory, source_facts
 from encoderguard.registry import Family, Method, create, method_class, method_names
 from encoderguard.report import write_report
 from encoderguard.results import Record
@@ -39,6 +39,7 @@ class Job(Generic[R]):
 
     def __init__(self, kind: type[R], options: JobOptions) -> None:
         check_options(options)
+        forget_peak_memory()
         self._began, self._created = time.perf_counter(), datetime.now(UTC)
         self.options, self._kind = options, kind
         self.devices = options.get("devices", 1)

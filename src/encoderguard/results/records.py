@@ -105,7 +105,8 @@ class Record(_Part):
     resumed: bool = False
     """Whether the run continued an unfinished one, whose seconds and memory are not counted."""
     peak_memory_bytes: int | None = None
-    """Largest resident size of the process until the job ended; of several, of the first that trained."""
+    """Largest resident size of the process during the job (since the process began, where the system is not
+    Linux); of several processes that trained, of the first."""
     peak_device_memory_bytes: int | None = None
     """Largest amount of accelerator memory held by tensors; None on the CPU."""
     method: str | None = None
