@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ _FILES = (
     RESULT,
 )
 _IDENTITY = "resume.json"
+_NEW = ".new-"
 
 
 class RunFolder:
@@ -99,6 +101,8 @@ class RunFolder:
         else:
             for old in self.checkpoints():
                 old.unlink()
+            for old in self.path.glob(f"{_NEW}*"):  # of a run that was killed
+                shutil.rmtree(old, ignore_errors=True)
             write_text(file, json.dumps(identity, indent=2) + "\n")
 
     def require_apart(self, file: Path) -> None:
@@ -122,7 +126,7 @@ class RunFolder:
             StorageError: the disk is full; what was there before stays.
         """
         digests = {}
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=".new-") as new:
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=_NEW) as new:
             for name, write in outputs.items():
                 write(Path(new) / name)
                 digests[name] = _sha256(Path(new) / name)
@@ -180,7 +184,7 @@ class RunFolder:
         earlier = self._earlier()
         finished = earlier is not None and earlier.status == "success"
         if self.resume:
-            if not unfinished:
+            if not self.checkpoints():
                 raise SettingError(
                     f"There is nothing to resume in {self.path}, it holds no checkpoint; "
                     "run the command without --resume."
@@ -226,7 +230,7 @@ def read_identity(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        raise SettingError(f"Cannot resume: {file} is missing or damaged; start over with --force.") from None
+        raise SettingError(f"Cannot resume: {file} is missing or damaged; start over elsewhere.") from None
 
 
 def compare_runs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
