@@ -28,8 +28,8 @@ CIFAR_NOTE = (
     "the last checkpoint, so its seconds count only the rest. The steps of the GTSRB story were run one by "
     "one, with MIMIC's earlier, weaker patches, some at earlier commits than the one its record names, and "
     "collected with `--resume`; of seed 1 the settings in effect are those of the recipe. CIFAR-100 and "
-    "Tiny-ImageNet are of MIMIC as it is; their seeds are of attack and defense, on the zoo's "
-    "one clean encoder of seed 0. No setting was chosen on these two."
+    "Tiny-ImageNet are of MIMIC as it is, but for 50 epochs, half of the default; their seeds are of attack "
+    "and defense, on the zoo's one clean encoder of seed 0. No setting was chosen on these two."
 )
 PAPER = {
     "GTSRB": ("83.37/99.09", "81.33/1.36"),

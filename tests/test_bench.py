@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from encoderguard import registry
 from encoderguard.bench import plan as plan_module
-from encoderguard.bench.cells import Places
+from encoderguard.bench.cells import Places, _stamped
 from encoderguard.bench.engine import run_cells
-from encoderguard.bench.figures import figures
+from encoderguard.bench.figures import _lines, figures
 from encoderguard.bench.leaderboard import leaderboard, write_leaderboard
 from encoderguard.bench.local import attempt
 from encoderguard.bench.notation import as_csv, as_latex, as_markdown
@@ -33,8 +34,10 @@ from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError, UsageError
 from encoderguard.images import ImageSet
 from encoderguard.methods import DataPoisoning, Detection, Detector, EncoderAttack
+from encoderguard.random import Rng
 from encoderguard.registry import FAMILIES, method_class, method_names
 from encoderguard.run import Run, Stopped, StopSignal
+from encoderguard.triggers import Patch, save_trigger
 from encoderguard.zoo.manifest import Entry, Manifest, sha256_of, write_manifest
 
 TINY = size_named("tiny").model_copy(
@@ -422,9 +425,11 @@ def test_spread_and_differences_by_hand() -> None:
     assert spread([]) == "-"
     assert spread([50.0]) == "50.0 (n=1)"
     assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0 (n=3)"
-    assert compared([10.0], [12.0]) == "-2.0 (one encoder: noise unknown)"
-    assert compared([10.0, 11.0, 12.0], [10.5, 11.5, 12.5]) == "-0.5 (within noise)"
-    assert compared([10.0, 10.1, 10.2], [12.0, 12.1, 12.2]) == "-2.0"
+    assert compared([]) == "-"
+    assert compared([-2.0]) == "-2.0 (one encoder: noise unknown)"
+    assert compared([2.6, 1.9]) == "+2.2 (within noise)"  # t = 12.7 at one degree of freedom
+    assert compared([-1.0, 0.5, 1.0]) == "+0.2 (within noise)"
+    assert compared([-2.0, -2.1, -1.9]) == "-2.0"
 
 
 def rows() -> list[dict[str, Any]]:
@@ -519,6 +524,56 @@ def test_the_leaderboard_counts_a_case_once_and_no_ablation() -> None:
     assert ranks.title == "Defenses: badencoder on simclr, digits"
     assert [line[:2] for line in ranks.rows] == [["none", "1"], ["mimic", "1"]]
     assert [line[2] for line in ranks.rows] == ["40.0 (n=1)", "40.0 (n=1)"]
+
+
+def test_the_clean_and_the_attacked_encoder_of_a_victim_are_two_cases() -> None:
+    scans = []
+    for encoder, verdict, score in (("clean", "clean", 0.3), ("backdoored", "backdoored", 0.1)):
+        row = _row(encoder, detector="decree", encoder=encoder, victim="badencoder-t12-s0")
+        scanned = {"verdict": verdict, "score": score, "threshold": 0.2, "flagged": "below", "seconds": 1.0}
+        scans.append(row | {"values": scanned, "records": {"scan": encoder}})
+    (rates,) = leaderboard([{"rows": scans}])
+    assert rates.rows[0][:6] == ["decree", "1", "0", "0", "0", "1"]
+
+
+def test_a_clean_encoder_behind_two_victims_is_one_encoder() -> None:
+    rows = [_row(key, defense="none", victim=key) for key in ("a", "b", "c")]
+    for row, acc in zip(rows, (0.8, 0.8, 0.9), strict=True):
+        row["values"] |= {"clean_acc": acc, "asr_all": 0.5}
+    prints = {"a": "same", "b": "same", "c": "other"}
+    records = {key: {"record": {"clean_encoder": {"fingerprint": one}}} for key, one in prints.items()}
+    main = sheets({"kind": "defenses", "rows": rows, "published": (), "records": records})[0]
+    cells = dict(zip(main.header, main.rows[0], strict=True))
+    assert cells["clean ACC %"] == "85.0 ± 7.1 (n=2)"
+    assert cells["ASR % (target class excluded)"] == "50.0 ± 0.0 (n=3)"
+
+
+def test_a_sweep_has_a_line_for_each_defense() -> None:
+    rows = [_row(f"{d}{x}" * 32, defense=d, x=x) for d in ("none", "mimic") for x in (1, 2)]
+    found = {
+        name: [(label, style, len(members)) for members, label, style in _lines(rows, name)]
+        for name in ("asr", "clean_asr")
+    }
+    assert found["asr"] == [(", none", "-", 2), (", mimic", "--", 2)]
+    assert found["clean_asr"] == [("", "-", 2)]
+    assert [label for _, label, _ in _lines(rows[2:], "acc")] == [""]
+
+
+def test_a_stamped_set_is_the_clean_one_but_for_the_trigger(tmp_path: Path) -> None:
+    images = ImageSet.from_arrays(torch.randint(0, 200, (40, 3, 8, 8), dtype=torch.uint8))
+    store, made = Store(tmp_path), Cell(job="adopt", method="toy", settings={}, seed=0)
+    extra = {"count": 20, "stamped": 0.25}
+    cell = Cell(job="purify", method="toy", settings={}, seed=3, needs={"trigger": made}, extra=extra)
+    store.folder(made).mkdir(parents=True)
+    save_trigger(Patch(size=2, margin=0), store.folder(made) / "trigger.json")
+
+    def drawn(given: ImageSet) -> torch.Tensor:
+        return given.subset(Rng(3).child("draw").permutation(len(given))[:20]).take(range(20))
+
+    clean, stamped = drawn(images), drawn(_stamped(images, cell, store))
+    differs = (clean != stamped).flatten(1).any(1)
+    assert int(differs.sum()) == 5
+    assert bool((stamped[differs][:, :, -2:, -2:] == 255).all())
 
 
 def test_of_two_versions_on_one_encoder_of_a_zoo_the_last_counts() -> None:

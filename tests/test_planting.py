@@ -78,6 +78,14 @@ def test_what_cannot_be_paired_is_refused() -> None:
         pair_up([Patch(size=2), Patch(size=3)], references(None, None, None), (8, 8))
 
 
+def test_a_patch_that_moves_is_handed_out_as_it_is_stamped_at_test() -> None:
+    attack = BadEncoder(trigger="colour_patch", trigger_settings={"size": 2}, epochs=1, batch_size=8)
+    run = Run(rng=Rng(0), precision="float32")
+    planted = attack.plant(clean_encoder(), shadow(), references(1), run=run)
+    (trained,) = attack.triggers((8, 8))
+    assert planted.trigger == trained.at_test() != trained
+
+
 def planter(views: int = 2, stages: bool = False) -> Planter:
     pairs = pair_up([Patch(size=2), Patch(size=3)], references(1, 2, 2), (8, 8))
     run = Run(rng=Rng(0), precision="float32")

@@ -109,9 +109,8 @@ class Planting(FineTuning):
             lambda features: self.terms(features, memory), plan=self.plan(), memory=memory
         )
         evidence = planter.effect() | self.evidence(memory)
-        return Planted(
-            encoder=planter.victim.eval(), trigger=pairs[0].trigger, history=history, evidence=evidence
-        )
+        trigger, victim = pairs[0].trigger.at_test(), planter.victim.eval()
+        return Planted(encoder=victim, trigger=trigger, history=history, evidence=evidence)
 
     @abstractmethod
     def terms(self, features: Features, memory: Any) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from encoderguard import jobs
 from encoderguard.bench.plan import Cell
 from encoderguard.bench.store import Store, file_digest
@@ -144,9 +146,15 @@ def _purify(cell: Cell, store: Store, places: Places, options: dict[str, Any]) -
 
 
 def _stamped(images: ImageSet, cell: Cell, store: Store) -> ImageSet:
-    """As many images as the defense draws, a share of them with the trigger on: a clean set that is not."""
-    rng, count = Rng(cell.seed).child("stamped"), min(cell.extra["count"], len(images))
-    pixels = images.sample(count, rng).take(range(count))
+    """The images that the defense draws, a share of them with the trigger on: a clean set that is not.
+
+    In such an order that the job, which draws again, ends at the images of a clean set in their order.
+    """
+    rng, drawing = Rng(cell.seed).child("stamped"), Rng(cell.seed).child("draw")
+    count = min(cell.extra["count"], len(images))
+    places = torch.empty(count, dtype=torch.int64)
+    places[drawing.permutation(count)] = drawing.permutation(len(images))[:count]
+    pixels = images.take(places)
     chosen = rng.permutation(count, "which")[: round(cell.extra["stamped"] * count)]
     trigger = load_trigger(store.folder(cell.needs["trigger"]) / _TRIGGER)
     pixels[chosen] = (trigger(pixels[chosen].float() / 255) * 255).round().to(pixels.dtype)

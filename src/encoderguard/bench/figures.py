@@ -1,6 +1,6 @@
 """The papers' figures, redrawn from the rows of a result; each point is a link to its record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def _record(row: Row, role: str) -> str:
 
 
 def _sweep(rows: Sequence[Row], axis: str) -> bytes:
-    """ACC and ASR over the horizontal axis: a point per seed and case, lines through their means."""
+    """ACC and ASR over the horizontal axis: a point per seed and case, lines through each defense's means."""
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in (
@@ -54,15 +54,14 @@ def _sweep(rows: Sequence[Row], axis: str) -> bytes:
         ("asr", COLOURS["backdoored"]),
         ("clean_asr", COLOURS["pale"]),
     ):
-        known = [r for r in rows if "x" in r["facts"] and r["values"].get(name) is not None]
-        if known:
+        for known, defense, line in _lines(rows, name):
             places = [r["facts"]["x"] for r in known]
             _linked(axes, places, known, name, "evaluate", color=colour, s=14)
             means = [
                 (x, np.mean([100 * r["values"][name] for r in known if r["facts"]["x"] == x]))
                 for x in sorted(set(places))
             ]
-            axes.plot(*zip(*means, strict=True), color=colour, label=_TITLES[name])
+            axes.plot(*zip(*means, strict=True), line, color=colour, label=f"{_TITLES[name]}{defense}")
     axes.set_xlabel(axis or "setting")
     axes.set_ylabel("%")
     axes.set_ylim(-3, 103)
@@ -71,6 +70,19 @@ def _sweep(rows: Sequence[Row], axis: str) -> bytes:
     return to_svg(figure)
 
 
+def _lines(rows: Sequence[Row], name: str) -> Iterator[tuple[list[Row], str, str]]:
+    """The rows of each defense that have a place and a value, what its label ends on, and its line style."""
+    known = [row for row in rows if "x" in row["facts"] and row["values"].get(name) is not None]
+    defenses = list(dict.fromkeys(row["facts"].get("defense", "") for row in known))
+    if name == "clean_asr" or len(defenses) < 2:  # the clean encoder is the same behind every defense
+        defenses = defenses[:1]
+    for place, defense in enumerate(defenses):
+        label = f", {defense}" if len(defenses) > 1 else ""
+        members = [row for row in known if row["facts"].get("defense", "") == defense]
+        yield members, label, _STYLES[place % len(_STYLES)]
+
+
+_STYLES = ("-", "--", ":", "-.")
 _TITLES = {"acc": "ACC", "asr": "ASR", "clean_asr": "ASR of the clean encoder"}
 
 

@@ -57,7 +57,7 @@ def _case(family: str, row: Mapping[str, Any]) -> str:
     facts = row["facts"]
     if facts.get("victim") is None:
         return f"{family} {sorted(row['records'].items())}"
-    told = [facts.get(name) for name in (family, "pretrain", "attack", "task", "victim", "seed")]
+    told = [facts.get(name) for name in (family, "pretrain", "attack", "task", "encoder", "victim", "seed")]
     return f"{family} {told}"
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from scipy.stats import t
+
 from encoderguard.bench.auroc import auroc
 from encoderguard.bench.notation import Sheet
 
@@ -29,7 +31,7 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     made = []
     defended = [row for row in result["rows"] if "defense" in row["facts"]]
     if defended:
-        made += [_defenses(defended, result["published"]), _ranks(defended)]
+        made += [_defenses(defended, result["published"], result.get("records", {})), _ranks(defended)]
     scanned = [row for row in result["rows"] if "detector" in row["facts"]]
     if scanned:
         made += [_scores(scanned, result["published"]), _rates_of_detectors(scanned)]
@@ -69,18 +71,43 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f} (n={len(values)})"
 
 
-def compared(now: Sequence[float], before: Sequence[float]) -> str:
-    """The difference of two means, said to be within noise where two standard errors cover it."""
-    if not now or not before:
+def compared(differences: Sequence[float]) -> str:
+    """The mean of paired differences; within noise where its 95 % interval (Student's t) covers 0."""
+    if not differences:
         return "-"
-    difference = mean(now) - mean(before)
-    if min(len(now), len(before)) < 2:
+    difference, n = mean(differences), len(differences)
+    if n < 2:
         return f"{difference:+.1f} (one encoder: noise unknown)"
-    error = (stdev(now) ** 2 / len(now) + stdev(before) ** 2 / len(before)) ** 0.5
-    return f"{difference:+.1f}" + (" (within noise)" if abs(difference) <= 2 * error else "")
+    reach = float(t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5
+    return f"{difference:+.1f}" + (" (within noise)" if abs(difference) <= reach else "")
 
 
-def _defenses(given: Sequence[Row], published: Sequence[Mapping[str, Any]]) -> Sheet:
+def _differences(now: Sequence[Row], before: Sequence[Row]) -> list[float]:
+    """ACC of each encoder after less before, in points."""
+    start = {_encoder(row): row["values"].get("acc") for row in before}
+    pairs = [(row["values"].get("acc"), start.get(_encoder(row))) for row in now]
+    return [100 * (after - first) for after, first in pairs if after is not None and first is not None]
+
+
+def _encoder(row: Row) -> tuple[Any, ...]:
+    return row["facts"].get("victim"), row["facts"]["seed"]
+
+
+def _clean_acc(rows: Sequence[Row], records: Mapping[str, Any]) -> list[float]:
+    """In percent, of each clean encoder once: one stands behind many attacks."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row["values"].get("clean_acc") is not None:
+            key = row["records"].get("evaluate", "")
+            record = records.get(key, {}).get("record", {})
+            clean = (record.get("clean_encoder") or {}).get("fingerprint")
+            found.setdefault(f"{clean or key} {row['facts']['seed']}", 100 * row["values"]["clean_acc"])
+    return list(found.values())
+
+
+def _defenses(
+    given: Sequence[Row], published: Sequence[Mapping[str, Any]], records: Mapping[str, Any]
+) -> Sheet:
     groups = _grouped(given)
     columns = ("acc", "asr", "asr_all", "clean_acc", "clean_asr", "overlap", "seconds", "memory")
     undefended = {
@@ -92,13 +119,13 @@ def _defenses(given: Sequence[Row], published: Sequence[Mapping[str, Any]]) -> S
     for key, members in groups.items():
         facts = dict(key)
         before = undefended.get(tuple(p for p in key if p[0] not in ("defense", "x")), [])
-        change = (
-            "" if facts["defense"] == "none" else compared(_column(members, "acc"), _column(before, "acc"))
-        )
+        change = "" if facts["defense"] == "none" else compared(_differences(members, before))
+        values = {name: _column(members, name) for name in columns}
+        values["clean_acc"] = _clean_acc(members, records)
         rows.append(
             [
                 *_words(facts, ("pretrain", "attack", "task", "defense")),
-                *(spread(_column(members, name)) for name in columns),
+                *(spread(values[name]) for name in columns),
                 change,
                 _published(facts, published, ("acc", "asr")),
                 _failures(members),
@@ -109,7 +136,11 @@ def _defenses(given: Sequence[Row], published: Sequence[Mapping[str, Any]]) -> S
         title="Accuracy and attack success",
         header=[*header, "ACC lost or won", "paper ACC/ASR %", "failed"],
         rows=rows,
-        note="Mean ± standard deviation over n encoders. Clean: the clean encoder, same trigger and probe.",
+        note=(
+            "Mean ± standard deviation over n encoders. Clean: the clean encoder, same trigger and probe; "
+            "its ASR is one number for each attack. Within noise: the 95 % interval of the paired "
+            "differences (Student's t) covers 0."
+        ),
     )
 
 

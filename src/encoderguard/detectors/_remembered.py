@@ -27,12 +27,18 @@ _FORMAT = 3
 """Of the files of a stopped scan: another one is not read, and the search is done again."""
 
 
-def remembered(folder: Path, facts: Mapping[str, Any], search: Callable[[], Found]) -> Found:
+def remembered(
+    folder: Path,
+    facts: Mapping[str, Any],
+    rays: Mapping[TriggerFamily, tuple[Ray, ...]],
+    search: Callable[[], Found],
+) -> Found:
     """What ``search`` finds, from the folder if the same search was kept there, else kept for next time.
 
     Args:
         folder: made if it is missing. A file that cannot be read is replaced.
         facts: everything that the search depends on, as JSON values; the package's version is added.
+        rays: the candidates of each family, in the order of the bank.
         search: a search of a clean encoder.
 
     Returns:
@@ -52,11 +58,14 @@ def remembered(folder: Path, facts: Mapping[str, Any], search: Callable[[], Foun
             for family, result in found.families.items()
         }
         write_text(path, json.dumps(known) + "\n")
-    families: Any = {
+    families = {
         family: FamilyResult(
-            bank=values["bank"], displacements=values["displacements"], curve=values["curve"]
+            bank=known[family]["bank"],
+            displacements=known[family]["displacements"],
+            curve=known[family]["curve"],
+            tried=list(own[: len(known[family]["bank"])]),
         )
-        for family, values in known.items()
+        for family, own in rays.items()
     }
     return Found(families=families, seconds={}, images_passed=0, complete=True)
 

@@ -65,7 +65,11 @@ def _interaction(found: Found, nulls: Mapping[str, Found]) -> dict[str, Any] | N
     value, ray = interaction(found.families["patch"])
     if ray is None:
         return None
-    on_clean = {name: round(interaction(null.families["patch"])[0], 4) for name, null in nulls.items()}
+    on_clean = {
+        name: round(interaction(null.families["patch"])[0], 4)
+        for name, null in nulls.items()
+        if null.families["patch"].tried
+    }
     return {"value": round(value, 4), "label": ray.label, "on_clean": on_clean}
 
 

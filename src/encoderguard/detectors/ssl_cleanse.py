@@ -115,7 +115,7 @@ class SSLCleanse(Detector):
     def _judge(self, score: float, reached: int, clusters: int) -> tuple[Verdict, str]:
         if clusters < _FEWEST_SIZES:
             return "inconclusive", f"an outlier among fewer than {_FEWEST_SIZES} clusters says nothing"
-        if 2 * reached < clusters:
+        if 4 * reached < 3 * clusters:  # those not reached count as the largest: of many, nothing spreads
             return "inconclusive", (
                 f"a trigger was found for {reached} of {clusters} clusters only; give more steps or images"
             )

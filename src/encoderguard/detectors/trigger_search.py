@@ -27,7 +27,7 @@ from encoderguard.encoder import Encoder
 from encoderguard.errors import SettingError
 from encoderguard.images import ImageSet
 from encoderguard.methods import Detection, Detector, require_images
-from encoderguard.rays import FAMILIES, TriggerFamily
+from encoderguard.rays import FAMILIES, Ray, TriggerFamily
 from encoderguard.registry import register
 from encoderguard.run import Run
 from encoderguard.search import Budget, Found, Images, search
@@ -168,9 +168,8 @@ class TriggerSearch(Detector):
 
     def _search(self, encoder: Encoder, used: Images, name: str, run: Run) -> Found:
         """The same seed for every encoder, so that all are asked the same questions."""
-        every = bank(used.images.shape, run.rng.child("bank"), scale=self.scale, grey=used.grey)
         budget = Budget(keep=self.keep, starts=self.starts, steps=self.steps, seconds=self.seconds)
-        rays = {family: every[family] for family in self.families}
+        rays = self._rays(used, run)
         facts = self._facts(encoder, used, run)
         return continued(
             run.child("search", facts["encoder"][:16]),
@@ -186,7 +185,12 @@ class TriggerSearch(Detector):
         if self.remember is None or not self.references or self.seconds is not None:
             return self._search(encoder, used, name, run)
         facts = self._facts(encoder, used, run)
-        return remembered(Path(self.remember), facts, lambda: self._search(encoder, used, name, run))
+        rays = self._rays(used, run)
+        return remembered(Path(self.remember), facts, rays, lambda: self._search(encoder, used, name, run))
+
+    def _rays(self, used: Images, run: Run) -> dict[TriggerFamily, tuple[Ray, ...]]:
+        every = bank(used.images.shape, run.rng.child("bank"), scale=self.scale, grey=used.grey)
+        return {family: every[family] for family in self.families}
 
     def _facts(self, encoder: Encoder, used: Images, run: Run) -> dict[str, Any]:
         """Everything that a search depends on."""
