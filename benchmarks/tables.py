@@ -200,7 +200,8 @@ def blind(record: dict[str, Any]) -> list[str]:
     lines = [
         f"`python benchmarks/blind.py {record['zoo']} --references {record['references']} "
         "--images PACKS/cifar10:train --train PACKS/gtsrb:train --test PACKS/gtsrb:test`, the zoo "
-        "built from its recipe before; `--parts` names what is not done by default.",
+        "built from its recipe before; `--parts` names what is not done by default. The patch that moves was "
+        "stamped at the places of training (the middle half) here; attacks hand out those of the test since.",
         "",
         f"| encoder | ASR % (clean one) | {' | '.join(parts.values())} | purified from the scan: ACC/ASR % |",
         "|---" * (len(parts) + 3) + "|",
