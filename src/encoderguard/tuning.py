@@ -156,10 +156,10 @@ def tune(
 def _tuned(kept: Kept, history: History, reason: str | None, floor: float, plan: Plan, task: str) -> Tuned:
     epochs = int(kept.epochs)
     if history and epochs < len(history["utility"]):
-        reason = (
-            f"{task.capitalize()} took the utility to {history['utility'][-1]:.3f}, below the floor of "
-            f"{floor:g}, after {len(history['utility'])} of {plan.epochs} epochs"
-        )
+        last, done = history["utility"][-1], len(history["utility"])
+        told = f"the utility to {last:.3f}, below the floor of {floor:g}"
+        told = "the features to NaN or infinity" if last < 0 else told
+        reason = f"{task.capitalize()} took {told}, after {done} of {plan.epochs} epochs"
     result = kept.encoder.eval().requires_grad_(True)
     return Tuned(
         encoder=result,
