@@ -109,6 +109,14 @@ def test_only_one_run_at_a_time(tmp_path: Path) -> None:
     jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path / "out", **CPU)
 
 
+def test_a_refusal_that_somebody_keeps_holds_no_folder(tmp_path: Path) -> None:
+    jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path, **CPU)
+    with pytest.raises(OutputError) as kept:
+        jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path, **CPU)
+    jobs.scan(toy_encoder(), toy_images(), detector=TOY, out=tmp_path, overwrite=True, **CPU)
+    assert "finished run" in str(kept.value)
+
+
 def test_a_folder_whose_name_is_not_utf8_loses_no_work(tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9")
     try:

@@ -107,7 +107,7 @@ def _refusal(path: Path, error: Exception) -> str:
 def _may_be_pickled(path: Path) -> bool:
     """By the first bytes: those of a zip archive, or of a pickle with a protocol."""
     with path.open("rb") as stream:
-        return stream.read(2)[:1] in (b"P", b"\x80")
+        return stream.read(1) in (b"P", b"\x80")
 
 
 def identify(tensors: Mapping[str, Tensor], *, source: str) -> Checkpoint:

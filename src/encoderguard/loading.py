@@ -19,7 +19,7 @@ from encoderguard.errors import EncoderError
 from encoderguard.random import Rng, isolated
 from encoderguard.sanity import check_encoder
 
-__all__ = ["NORMALISATIONS", "check_encoder", "load_encoder", "spec_for"]
+__all__ = ["NORMALISATIONS", "check_encoder", "load_encoder", "paths_in", "spec_for"]
 
 _Triple = tuple[float, float, float]
 NORMALISATIONS: dict[str, tuple[_Triple, _Triple]] = {
@@ -124,6 +124,12 @@ def spec_for(
         raise EncoderError(f"The width of an encoder should be at least 1, found {width}.")
     spec = _described(name, width=width, stem=stem)
     return _validated(spec, _overrides(mean, std, input_size, normalisation))
+
+
+def paths_in(spec: str) -> list[Path]:
+    """What may be a path in a spec: all of it, and what follows any prefix such as ``timm:NAME@``."""
+    starts = (0, *(place + 1 for place, letter in enumerate(spec) if letter in "@:"))
+    return [Path(spec[start:]) for start in starts]
 
 
 def _described(name: str, *, width: int = 64, stem: Stem = "cifar") -> EncoderSpec:

@@ -72,11 +72,8 @@ def refine(
     """
     shape = (pixels.shape[-2], pixels.shape[-1])
     raws = start_all(parametrisation, starts, shape, run)
-    optimizer = torch.optim.Adam(
-        [part for raw in raws for part in raw[: parametrisation.free]],
-        lr=plan.learning_rate,
-        betas=plan.betas,
-    )
+    free = [part for raw in raws for part in raw[: parametrisation.free]]
+    optimizer = torch.optim.Adam(free, lr=plan.learning_rate, betas=plan.betas)
     active, sums, since = list(range(starts)), [0.0] * starts, 0
     size = min(plan.batch_size, len(pixels))
     for step in range(plan.steps):
@@ -102,11 +99,11 @@ def refine(
                 break
             active = sorted(active[: (len(active) + 1) // 2])
             sums, since = [0.0] * starts, 0
-    ended = [
+    best = sorted(active, key=lambda k: (sums[k], k))
+    return [
         Refined(start=k, loss=sums[k] / max(1, since), trigger=_decoded(parametrisation, raws[k]))
-        for k in active
+        for k in best
     ]
-    return sorted(ended, key=lambda found: (found.loss, found.start))
 
 
 @torch.no_grad()

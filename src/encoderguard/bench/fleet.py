@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from encoderguard.bench.plan import Cell
 from encoderguard.bench.run import EngineName, backend
 from encoderguard.bench.store import Store, file_digest
 from encoderguard.errors import SettingError
+from encoderguard.loading import paths_in
 from encoderguard.registry import create
 from encoderguard.run import Progress, StopSignal
 from encoderguard.storage import write_text
@@ -84,24 +86,21 @@ def scan_fleet(
     where, store = places or Places(), Store(out / "store")
     make = backend(engine, store, where, workers=workers, accelerators=accelerators)
     used = create("detector", detector, settings).settings()
-    digest = open_images(images, where).digest
-    named = {f"setting {name}": _identity(value) for name, value in used.items() if _names_files(value)}
-    cells = [
-        Cell(
-            job="scan",
-            method=detector,
-            settings=used,
-            seed=seed,
-            data={"encoder": spec, "images": images},
-            digests={"encoder": _identity(spec), "images": digest} | named,
-            extra={"count": count, "image_size": image_size},
-        )
-        for spec in specs
-    ]
+    digests = {"images": open_images(images, where).digest}
+    digests |= {f"setting {name}": _identity(value) for name, value in used.items() if _names_files(value)}
+    extra = {"count": count, "image_size": image_size}
+    scan = Cell(job="scan", method=detector, settings=used, seed=seed, digests=digests, extra=extra)
+    cells = [_of(spec, images, scan) for spec in specs]
     outcome = run_cells(cells, store, make, progress=progress, stop=stop or StopSignal())
     found = [_entry(cell, store, outcome.failed.get(cell)) for cell in cells]
     _write(found, out)
     return found
+
+
+def _of(spec: str, images: str, scan: Cell) -> Cell:
+    """The scan of one encoder."""
+    digests = scan.digests | {"encoder": _identity(spec)}
+    return replace(scan, data={"encoder": spec, "images": images}, digests=digests)
 
 
 def _entry(cell: Cell, store: Store, error: str | None) -> dict[str, Any]:
@@ -137,9 +136,7 @@ def _names_files(value: Any) -> bool:
 
 def _files(spec: str) -> list[Path]:
     """The file behind any prefix such as ``timm:NAME@``; of the folder of a zoo its manifest."""
-    starts = (0, *(place + 1 for place, letter in enumerate(spec) if letter in "@:"))
-    paths = [Path(spec[start:]) for start in starts]
-    return [file for path in paths for file in (path, path / "manifest.json") if file.is_file()]
+    return [file for path in paths_in(spec) for file in (path, path / "manifest.json") if file.is_file()]
 
 
 def _write(found: list[dict[str, Any]], out: Path) -> None:

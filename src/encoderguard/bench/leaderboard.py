@@ -9,7 +9,7 @@ from typing import Any
 from encoderguard.bench.notation import Sheet, as_markdown
 from encoderguard.bench.outcome import RESULT, read_result
 from encoderguard.bench.plan import NONE
-from encoderguard.bench.tables import rank_sheets
+from encoderguard.bench.tables import encoder_of, rank_sheets
 from encoderguard.registry import method_names
 from encoderguard.storage import write_text
 
@@ -72,18 +72,14 @@ def _comparable(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mappi
     """Rows of defenses on the same encoders: of those on all encoders, and of all on the shared ones."""
     by_defense: dict[str, set[tuple[Any, ...]]] = {}
     for row in rows:
-        by_defense.setdefault(row["facts"]["defense"], set()).add(_encoder(row))
+        by_defense.setdefault(row["facts"]["defense"], set()).add(encoder_of(row))
     every, shared = set.union(*by_defense.values()), set.intersection(*by_defense.values())
     if every == shared:
         return [("", list(rows))]
     whole = [row for row in rows if by_defense[row["facts"]["defense"]] == every]
-    common = [row for row in rows if _encoder(row) in shared]
+    common = [row for row in rows if encoder_of(row) in shared]
     found = [(f", {len(every)} encoders", whole), (f", {len(shared)} of {len(every)} encoders", common)]
     return [(where, members) for where, members in found if members]
-
-
-def _encoder(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["facts"].get("victim"), row["facts"]["seed"]
 
 
 def leaderboard_pages(out: Path) -> dict[str, str]:

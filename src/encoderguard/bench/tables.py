@@ -9,7 +9,7 @@ from scipy.stats import t
 from encoderguard.bench.auroc import auroc
 from encoderguard.bench.notation import Sheet
 
-__all__ = ["compared", "rank_sheets", "sheets", "spread"]
+__all__ = ["compared", "encoder_of", "rank_sheets", "sheets", "spread"]
 
 _GROUP = ("pretrain", "attack", "task", "defense", "detector", "encoder", "x")
 _RATES = ("acc", "asr", "asr_all", "clean_acc", "clean_asr", "overlap")
@@ -84,12 +84,13 @@ def compared(differences: Sequence[float]) -> str:
 
 def _differences(now: Sequence[Row], before: Sequence[Row]) -> list[float]:
     """ACC of each encoder after less before, in points."""
-    start = {_encoder(row): row["values"].get("acc") for row in before}
-    pairs = [(row["values"].get("acc"), start.get(_encoder(row))) for row in now]
+    start = {encoder_of(row): row["values"].get("acc") for row in before}
+    pairs = [(row["values"].get("acc"), start.get(encoder_of(row))) for row in now]
     return [100 * (after - first) for after, first in pairs if after is not None and first is not None]
 
 
-def _encoder(row: Row) -> tuple[Any, ...]:
+def encoder_of(row: Row) -> tuple[Any, ...]:
+    """What tells the encoder of a row from that of another: the victim, if it is of a zoo, and the seed."""
     return row["facts"].get("victim"), row["facts"]["seed"]
 
 

@@ -69,16 +69,17 @@ class RunFolder:
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path, self.resume = path, resume
-        self._held = _hold(path) if path.is_dir() else None
-        self._kept = self._check_free(overwrite)
-        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._stored: list[Path] = []
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._held = _hold(path) if path.is_dir() else None
         try:
+            self._kept = self._check_free(overwrite)
             prepare_folder(path)
+            self._held = self._held or _hold(path)
         except EncoderGuardError:
             self._remove_made()
+            self._release()  # not only once nobody looks at the error any more
             raise
-        self._held = self._held or _hold(path)
 
     @property
     def checkpoint(self) -> Path:

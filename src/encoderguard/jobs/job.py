@@ -18,7 +18,7 @@ from encoderguard.images import ImageSet, load_images
 from encoderguard.jobs.facts import encoder_facts, image_facts, machine_facts, passed_settings, precision_of
 from encoderguard.jobs.folder import REPORT
 from encoderguard.jobs.options import JobOptions, check_options, open_folder, surroundings
-from encoderguard.loading import check_encoder, load_encoder
+from encoderguard.loading import check_encoder, load_encoder, paths_in
 from encoderguard.peers import require_even_shares
 from encoderguard.provenance import forget_peak_memory, source_facts
 from encoderguard.registry import Family, Method, create, method_class, method_names
@@ -110,9 +110,8 @@ class Job(Generic[R]):
     def require_apart(self, given: str | Path) -> None:
         """The file that ``given`` names, if any, is not one that this run replaces. Raises OutputError."""
         if self.folder is not None:
-            text = str(given)
-            for start in (0, *(place + 1 for place, letter in enumerate(text) if letter in "@:")):
-                self.folder.require_apart(Path(text[start:]))
+            for path in paths_in(str(given)):
+                self.folder.require_apart(path)
 
     def draw(
         self, images: ImageSet, count: int | None, usual: int | None = None
